@@ -1,0 +1,1 @@
+"""The YAML choices of `lost`, packaged so that a wheel carries them."""

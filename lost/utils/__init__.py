@@ -1,0 +1,1 @@
+"""Errors, logging, versions and plots: what every room may use."""
