@@ -1,0 +1,106 @@
+"""Which linear layers a LostConfig replaces, at what rank and with how many kept channels: pure arithmetic on names."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from lost.accounting.shapes import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, LinearShape
+from lost.config.schema import CountOrFraction, LostConfig
+from lost.config.section import nearest
+from lost.utils.errors import ConfigError
+
+FAMILY_PROJECTIONS = (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)
+ALL_LINEAR = "all_linear"
+# Products such as 0.29 * 100 fall just below the whole number that is meant.
+ROUNDING = 1e-9
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class LostShape:
+    """One replaced linear layer: its widths, the rank R and the number S of kept channels."""
+
+    linear: LinearShape
+    lost_rank: int
+    num_kept: int
+
+
+def is_match(name: str, pattern: str) -> bool:
+    """Whether the dotted `name`, or an end of it that starts after a dot, is what `pattern` describes ('*' = any)."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def is_target(name: str, config: LostConfig) -> bool:
+    """Whether the linear layer called `name` is replaced."""
+    patterns = config.target_modules or list(FAMILY_PROJECTIONS)
+    return ALL_LINEAR in patterns or any(is_match(name, pattern) for pattern in patterns)
+
+
+def rank_of(config: LostConfig, linear: LinearShape) -> int:
+    """R of one layer.
+
+    Raises:
+        ConfigError: R is above min(in_features, out_features).
+    """
+    smaller = min(linear.in_features, linear.out_features)
+    wanted = _last_match(linear.name, config.rank_overrides, config.lost_rank)
+    rank = wanted if isinstance(wanted, int) else max(1, int(wanted * smaller + ROUNDING))
+    if rank > smaller:
+        raise ConfigError(
+            f"lost_rank = {rank} for {linear.name}: must be at most min(in_features, out_features) = {smaller};"
+            " lower parameterization.lost_rank or set parameterization.rank_overrides for this layer"
+        )
+    return rank
+
+
+def num_kept_of(config: LostConfig, linear: LinearShape) -> int:
+    """S of one layer: 0 where its density is 0, else at least 1."""
+    density = _last_match(linear.name, config.density_overrides, config.density)
+    channels = linear.in_features if config.selection_axis == "columns" else linear.out_features
+    return max(1, int(density * channels + ROUNDING)) if density > 0 else 0
+
+
+def lost_shapes(config: LostConfig, linears: Iterable[LinearShape]) -> list[LostShape]:
+    """The layers among `linears` that are replaced.
+
+    Raises:
+        ConfigError: a pattern of target_modules or of an override matches no layer, or a rank is too high.
+    """
+    linears = list(linears)
+    problems = _unmatched_patterns(config, [linear.name for linear in linears])
+    replaced = []
+    for linear in linears:
+        if not is_target(linear.name, config):
+            continue
+        try:
+            replaced.append(LostShape(linear, rank_of(config, linear), num_kept_of(config, linear)))
+        except ConfigError as error:
+            problems += error.problems
+    if not problems and not replaced:
+        problems = ["no linear layer is replaced: name some in parameterization.target_modules"]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return replaced
+
+
+def _last_match(name: str, overrides: Mapping[str, Value], default: Value) -> Value:
+    """The value of the last pattern that matches, so that a later override refines an earlier one."""
+    values = [value for pattern, value in overrides.items() if is_match(name, pattern)]
+    return values[-1] if values else default
+
+
+def _unmatched_patterns(config: LostConfig, names: list[str]) -> list[str]:
+    patterns = {
+        "target_modules": [pattern for pattern in config.target_modules if pattern != ALL_LINEAR],
+        "rank_overrides": list(config.rank_overrides),
+        "density_overrides": list(config.density_overrides),
+    }
+    ends = {name.rsplit(".", 1)[-1] for name in names}
+    return [
+        f"{key}: the pattern {pattern} matches no linear layer{nearest(pattern, ends)}; there are {', '.join(sorted(ends))}"
+        for key, given in patterns.items()
+        for pattern in given
+        if not any(is_match(name, pattern) for name in names)
+    ]
