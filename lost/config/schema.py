@@ -259,15 +259,12 @@ class TrainConfig(Section):
         "rows per optimizer step over all devices", 16, at_least=1, unit="rows", is_fixed_on_resume=True
     )
     micro_batch_size: int = setting("rows per device per forward", 8, at_least=1, unit="rows")
-    max_steps: int = setting(
-        "optimizer steps; 0: given by max_tokens", 0, at_least=0, unit="steps", is_fixed_on_resume=True
-    )
+    max_steps: int = setting("optimizer steps; 0: given by max_tokens", 0, at_least=0, unit="steps")
     max_tokens: int = setting(
         "tokens (rows x seq_len) to train on; 0: given by max_steps; with both the earlier ends the run",
         0,
         at_least=0,
         unit="tokens",
-        is_fixed_on_resume=True,
     )
     max_grad_norm: float = setting("global gradient norm is clipped to this; 0 = off", 1.0, at_least=0)
     max_hours: float = setting("wall-clock limit: save and stop after it; 0 = none", 0.0, at_least=0, unit="hours")

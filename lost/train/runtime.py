@@ -1,0 +1,151 @@
+"""Processes, device and precision, decided once and printed before step 1."""
+
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from lost.config.schema import DeviceConfig, RuntimeConfig
+from lost.utils.errors import ConfigError
+
+# Dense bf16 peak without sparsity, TFLOP/s, from the makers' data sheets.
+GPU_PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "V100": 125.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how this process trains."""
+
+    accelerator: Accelerator
+    precision: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def num_processes(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def process_index(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """dtype of weights, gradients and optimizer state."""
+        return torch.bfloat16 if self.precision == "pure_bf16" else torch.float32
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    def autocast(self) -> torch.autocast:
+        """Context of every forward pass: bf16 products over fp32 weights where precision=bf16, else nothing."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, reduction="sum") if self.num_processes > 1 else values  # pyright: ignore[reportReturnType]
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        kind = "process" if self.num_processes == 1 else "processes (DDP)"
+        return (
+            f"{self.num_processes} {kind} on {name}, {self.precision}, {torch.get_num_threads()} CPU threads a process"
+        )
+
+    def peak_tflops(self, configured: float) -> float:
+        """The peak that MFU refers to: configured, from the table, or one measured matrix product."""
+        if configured:
+            return configured
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            known = next((peak for key, peak in GPU_PEAK_TFLOPS.items() if key in name), None)
+            if known:
+                return known
+        return self._measured_tflops
+
+    @cached_property
+    def _measured_tflops(self) -> float:
+        return measure_matmul_tflops(self.device, self.autocast_dtype or self.param_dtype)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device that `wanted` names, or the best there is for auto.
+
+    Raises:
+        ConfigError: the named device is not there.
+    """
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(name for name in ("cuda", "mps", "cpu") if has[name])
+    if not has[wanted]:
+        there = ", ".join(name for name, is_there in has.items() if is_there)
+        raise ConfigError(f"runtime.device = {wanted}: this machine has none; choose one of {there} or auto")
+    return torch.device(wanted)
+
+
+def pick_precision(wanted: str, device: torch.device) -> str:
+    """fp32, bf16 or pure_bf16; auto is bf16 on a GPU that has it, else fp32."""
+    has_gpu_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if wanted == "auto":
+        return "bf16" if has_gpu_bf16 else "fp32"
+    if wanted != "fp32" and device.type == "cuda" and not has_gpu_bf16:
+        raise ConfigError(f"runtime.precision = {wanted}: this GPU has no bf16; use fp32")
+    return wanted
+
+
+def set_num_threads(config: DeviceConfig) -> None:
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+
+
+def start_runtime(config: RuntimeConfig) -> Runtime:
+    """Joins the process group if there is one and picks device and precision.
+
+    Raises:
+        ConfigError: runtime=single under a launcher of several processes, or a device or precision that is not there.
+    """
+    set_num_threads(config)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.name == "single" and launched > 1:
+        raise ConfigError(f"runtime = single, but {launched} processes were launched: use runtime=ddp or auto")
+    device = pick_device(config.device)
+    # Autocast is ours (accelerate's would copy all logits to float32), so accelerate is told "no".
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=device.type == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    return Runtime(accelerator, pick_precision(config.precision, device))
+
+
+def measure_matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    """TFLOP/s of square matrix products, the best of several: what MFU is relative to on an unlisted device."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12

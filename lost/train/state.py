@@ -1,0 +1,100 @@
+"""What a run is at between two steps, and how it becomes named tensors and back."""
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from lost.train.optim import load_optimizer_tensors, optimizer_tensors
+from lost.train.runtime import Runtime
+from lost.utils.errors import CheckpointError
+
+NamedTensors = dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass
+class TrainState:
+    """Counters. The row order is a function of the step, so `step` is the data position too.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        tokens_seen: label tokens trained on, padding left out, over all processes.
+        skipped_steps: steps whose loss or gradient was not finite, in all and since the last good one.
+    """
+
+    step: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+    def record(self, num_tokens: int, is_skipped: bool) -> None:
+        self.tokens_seen += num_tokens
+        self.skipped_steps += is_skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+
+
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, runtime: Runtime
+) -> tuple[NamedTensors, dict[str, Any]]:
+    """(tensors by file, JSON facts) of everything that a resume needs. Called on every process."""
+    rng = {f"process_{i}/{k}": v for i, states in enumerate(gather_object([rng_tensors()])) for k, v in states.items()}
+    tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "rng": rng}
+    return tensors, {"counters": asdict(state), "num_processes": runtime.num_processes}
+
+
+def restore(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+    tensors: NamedTensors,
+    facts: dict[str, Any],
+) -> TrainState:
+    """Puts a snapshot back into model, optimizer and random generators.
+
+    Raises:
+        CheckpointError: the weights do not fit the model.
+    """
+    try:
+        model.load_state_dict(tensors["model"], strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights do not fit this model: {error}") from error
+    load_optimizer_tensors(model, optimizer, tensors["optimizer"])
+    prefix = f"process_{runtime.process_index}/"
+    own_rng = {key.removeprefix(prefix): value for key, value in tensors["rng"].items() if key.startswith(prefix)}
+    # Another number of processes: the new ones keep their fresh generators; LLaMA draws nothing while training.
+    if own_rng:
+        set_rng_tensors(own_rng)
+    return TrainState(**facts["counters"])
+
+
+def rng_tensors() -> dict[str, torch.Tensor]:
+    """States of torch's, CUDA's, NumPy's and Python's global generators."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_tensors(states: dict[str, torch.Tensor]) -> None:
+    """Inverse of `rng_tensors`."""
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    has_python_gauss, python_gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), python_gauss if has_python_gauss else None))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    gauss = states["numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

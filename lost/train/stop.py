@@ -1,0 +1,54 @@
+"""Being asked to stop: a signal or the wall-clock limit. The loop finishes its step, saves and leaves."""
+
+import signal
+import time
+from types import FrameType
+
+# SLURM's early warning is SIGUSR1 where the job asks for it (--signal=USR1@120).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Watches signals (while entered) and the limit of train.max_hours.
+
+    Args:
+        max_hours: wall-clock limit from now, in hours; 0 = none.
+    """
+
+    def __init__(self, max_hours: float = 0.0):
+        self.signal_name = ""
+        self.max_hours = max_hours
+        self._deadline = time.monotonic() + max_hours * 3600 if max_hours else float("inf")
+        self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def is_requested(self) -> bool:
+        return bool(self.signal_name) or time.monotonic() >= self._deadline
+
+    @property
+    def is_by_signal(self) -> bool:
+        return bool(self.signal_name)
+
+    @property
+    def reason(self) -> str:
+        """Why, in words; of another process where this one was not asked."""
+        if self.signal_name:
+            return f"received {self.signal_name}"
+        if time.monotonic() >= self._deadline:
+            return f"train.max_hours = {self.max_hours:g} reached"
+        return "another process was asked to stop"
+
+    def __enter__(self) -> "StopRequest":
+        for stop_signal in STOP_SIGNALS:
+            self._previous[stop_signal] = signal.signal(stop_signal, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stop_signal, handler in self._previous.items():
+            signal.signal(stop_signal, handler)  # pyright: ignore[reportArgumentType]
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        # A second Ctrl-C means now.
+        if self.signal_name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name

@@ -1,0 +1,217 @@
+"""The training loop: `fit` is the run, `train_step` one update. Everything they call does one thing."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lost.config.schema import PretrainConfig
+from lost.train.loss import count_label_tokens, token_loss_sum
+from lost.train.metrics import MetricsLogger, Progress
+from lost.train.norms import clip_gradients, group_norms
+from lost.train.optim import set_learning_rate
+from lost.train.profile import StepProfiler
+from lost.train.runtime import Runtime
+from lost.train.schedule import learning_rate_at
+from lost.train.state import TrainState
+from lost.train.stop import StopRequest
+from lost.utils.errors import TrainingError
+from lost.utils.memory import peak_memory_gib
+
+Batch = dict[str, torch.Tensor]
+Evaluate = Callable[[], dict[str, float | int | str]]
+
+
+class SaveCheckpoint(Protocol):
+    """Saves everything of the run at this state; called on every process."""
+
+    def __call__(self, state: TrainState) -> None: ...
+
+
+@dataclass
+class Run:
+    """All parts of a training run, built by `lost.assemble`.
+
+    Attributes:
+        model: the plain model, whose parameters the optimizer trains.
+        wrapped: what the forward goes through (DDP, compiled blocks).
+        batches: for each step from state.step + 1 on, this process's micro-batches.
+        flops_per_token: forward and backward, for MFU.
+        peak_flops: of one device, FLOP/s.
+    """
+
+    config: PretrainConfig
+    runtime: Runtime
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[list[Batch]]
+    metrics: MetricsLogger
+    progress: Progress
+    stop: StopRequest
+    profiler: StepProfiler
+    flops_per_token: float
+    peak_flops: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on every process.
+
+    Attributes:
+        loss: mean token loss of the global batch before the update; not finite where the step was skipped.
+        grad_norm: global L2 norm before clipping.
+        num_tokens: label tokens of the global batch.
+        should_stop: some process was asked to stop.
+        seconds: wall-clock of this process, waiting for data included.
+        group_norms: of weights and gradients, where they were due.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    is_skipped: bool
+    should_stop: bool
+    seconds: float
+    group_norms: dict[str, float]
+
+
+def fit(
+    run: Run, state: TrainState, *, evaluate: Evaluate, save: SaveCheckpoint, save_final: Callable[[], None]
+) -> bool:
+    """Trains from `state` to the last step, evaluating and saving on the way.
+
+    Returns:
+        True when the last step was reached; False when the run was asked to stop before: the state is saved then.
+    Raises:
+        TrainingError: too many steps in a row without a finite loss and gradient.
+    """
+    num_steps = run.config.train.num_steps
+    if state.step == 0:
+        run.metrics.log({"step": 0, **evaluate()})
+    with run.progress, run.profiler:
+        while state.step < num_steps:
+            state.step += 1
+            result = train_step(run, state.step)
+            state.record(result.num_tokens, result.is_skipped)
+            report(run, state, result)
+            run.profiler.step()
+            stop_if_diverged(run, state)
+            is_last = state.step == num_steps
+            should_stop = result.should_stop and not is_last
+            if is_last or is_due(state.step, run.config.evaluation.every_steps):
+                run.metrics.log({"step": state.step, **evaluate()})
+            if is_last or should_stop or is_due(state.step, run.config.checkpoint.every_steps):
+                save(state)
+            if should_stop:
+                return False
+    save_final()
+    return True
+
+
+def train_step(run: Run, step: int) -> StepResult:
+    """One optimizer step on the global batch; skipped where its loss or gradient is not finite.
+
+    The loss is the sum of token losses over the global count of label tokens of the whole step, across
+    micro-batches and processes: not a mean of means. DDP averages gradients, hence the factor num_processes.
+    """
+    started = time.perf_counter()
+    learning_rate = learning_rate_at(
+        step, run.config.optimizer.learning_rate, run.config.schedule, run.config.train.num_steps
+    )
+    set_learning_rate(run.optimizer, learning_rate)
+    micro_batches = next(run.batches)
+    num_tokens, num_stop_requests = count_over_processes(run, micro_batches)
+    gradient_scale = run.runtime.num_processes / max(1, num_tokens)
+    loss_sum = torch.zeros((), device=run.runtime.device)
+
+    for micro_step, batch in enumerate(micro_batches, start=1):
+        with no_sync_before_last(run, micro_step, len(micro_batches)):
+            micro_loss_sum = forward_loss_sum(run, batch)
+            (micro_loss_sum * gradient_scale).backward()
+        loss_sum += micro_loss_sum.detach()
+
+    loss = (run.runtime.sum_over_processes(loss_sum) / max(1, num_tokens)).item()
+    norms = group_norms(run.model) if is_due(step, run.config.logging.group_norms_every_steps) else {}
+    grad_norm = clip_gradients(run.model, run.config.train.max_grad_norm).item()
+    # Both numbers are of the whole group, so that every process skips or none does.
+    is_skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+    if not is_skipped:
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        num_tokens=num_tokens,
+        is_skipped=is_skipped,
+        should_stop=num_stop_requests > 0,
+        seconds=time.perf_counter() - started,
+        group_norms=norms,
+    )
+
+
+def forward_loss_sum(run: Run, batch: Batch) -> torch.Tensor:
+    """Sum of the token losses of one micro-batch, []."""
+    device = run.runtime.device
+    inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    labels = inputs.pop("labels")
+    with run.runtime.autocast():
+        logits = run.wrapped(**inputs, use_cache=False).logits
+    return token_loss_sum(logits, labels)
+
+
+def count_over_processes(run: Run, micro_batches: list[Batch]) -> tuple[int, int]:
+    """(label tokens of the global batch, processes asked to stop), in one reduction."""
+    num_tokens = sum(int(count_label_tokens(batch["labels"])) for batch in micro_batches)
+    counts = torch.tensor([num_tokens, int(run.stop.is_requested)], device=run.runtime.device)
+    total_tokens, num_stop_requests = run.runtime.sum_over_processes(counts).tolist()
+    return total_tokens, num_stop_requests
+
+
+def no_sync_before_last(run: Run, micro_step: int, num_micro_steps: int):
+    """Gradients are exchanged in the last micro-step only."""
+    is_last = micro_step == num_micro_steps
+    return nullcontext() if is_last else run.runtime.accelerator.no_sync(run.wrapped)
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def report(run: Run, state: TrainState, result: StepResult) -> None:
+    """The training line of metrics.jsonl and the progress bar."""
+    tokens_per_second = result.num_tokens / result.seconds
+    flops = run.flops_per_token * tokens_per_second
+    learning_rate = run.optimizer.param_groups[0]["lr"]
+    line = {
+        "step": state.step,
+        "loss": None if result.is_skipped else result.loss,
+        "learning_rate": learning_rate,
+        "grad_norm": result.grad_norm,
+        "tokens_seen": state.tokens_seen,
+        "skipped_steps": state.skipped_steps,
+        **result.group_norms,
+        "tokens_per_second": tokens_per_second,
+        "mfu": flops / (run.peak_flops * run.runtime.num_processes),
+        "step_seconds": result.seconds,
+        "peak_memory_gib": peak_memory_gib(),
+    }
+    if is_due(state.step, run.config.logging.every_steps) or result.is_skipped:
+        run.metrics.log(line)
+    run.progress.update(line)
+
+
+def stop_if_diverged(run: Run, state: TrainState) -> None:
+    """Raises after too many skipped steps in a row."""
+    limit = run.config.train.max_skipped_steps
+    if state.skipped_in_a_row >= limit:
+        raise TrainingError(
+            f"step {state.step}: {state.skipped_in_a_row} steps in a row had a non-finite loss or gradient"
+            f" (train.max_skipped_steps = {limit}). Lower optimizer.learning_rate, lengthen schedule.warmup_steps,"
+            " or use runtime.precision=fp32; the last checkpoint is from before them"
+        )

@@ -1,0 +1,25 @@
+"""What is done to a finished model so that it trains: recompute, compile, DDP. The model knows nothing of it."""
+
+from torch import nn
+
+from lost.config.schema import RuntimeConfig
+from lost.train.runtime import Runtime
+
+
+def wrap_model(model: nn.Module, config: RuntimeConfig, runtime: Runtime) -> nn.Module:
+    """The module whose forward trains; parameters stay those of `model`."""
+    model.to(runtime.device)
+    model.train()
+    if config.recompute == "block":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+    if config.compile:
+        for block in blocks(model):
+            block.compile()
+    return runtime.accelerator.prepare_model(model)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The repeated transformer blocks: the longest ModuleList of the model."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    assert lists, f"{type(model).__name__} has no ModuleList of blocks"
+    return max(lists, key=len)
