@@ -1,0 +1,77 @@
+"""What the linear layers cost in each parameterization: the one place where accounting knows their forms.
+
+A new parameterization adds one function to COSTS, by its config class.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lost.accounting.shapes import LinearShape, head_linear, linear_shapes
+from lost.accounting.targets import LostShape, lost_shapes
+from lost.config.schema import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig
+from lost.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """Parameters and products of one linear layer.
+
+    Args:
+        num_parameters: trained numbers.
+        num_index: entries of int64 buffers.
+        forward_macs: multiply-adds of the matrix products, per token.
+    """
+
+    linear: LinearShape
+    num_parameters: int
+    num_index: int
+    forward_macs: int
+
+
+def dense_cost(linear: LinearShape) -> LinearCost:
+    return LinearCost(linear, linear.num_weights, num_index=0, forward_macs=linear.num_weights)
+
+
+def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
+    """R (in + out) for the factors, S out (rows: S in) for the kept channels; every weight is used once per token."""
+    linear = shape.linear
+    sparse_width = linear.out_features if config.selection_axis == "columns" else linear.in_features
+    weights = shape.lost_rank * (linear.in_features + linear.out_features) + shape.num_kept * sparse_width
+    has_gamma = config.gamma_mode == "learnable"
+    return LinearCost(linear, weights + has_gamma, num_index=shape.num_kept, forward_macs=weights)
+
+
+def _dense_costs(config: DenseConfig, linears: list[LinearShape]) -> list[LinearCost]:  # noqa: ARG001
+    return [dense_cost(linear) for linear in linears]
+
+
+def _lost_costs(config: LostConfig, linears: list[LinearShape]) -> list[LinearCost]:
+    replaced = {shape.linear: lost_cost(shape, config) for shape in lost_shapes(config, linears)}
+    return [replaced.get(linear, dense_cost(linear)) for linear in linears]
+
+
+COSTS: dict[type[ParameterizationConfig], Callable[[Any, list[LinearShape]], list[LinearCost]]] = {
+    DenseConfig: _dense_costs,
+    LostConfig: _lost_costs,
+}
+
+
+def linear_costs(model: ModelConfig, parameterization: ParameterizationConfig) -> list[LinearCost]:
+    """Costs of every linear layer of the model, lm_head last.
+
+    Raises:
+        ConfigError: the parameterization does not fit the model.
+    """
+    costs = COSTS[type(parameterization)](parameterization, linear_shapes(model))
+    head = costs[-1]
+    if model.tie_word_embeddings and head != dense_cost(head_linear(model)):
+        raise ConfigError(
+            "model.tie_word_embeddings = true shares lm_head's weight with the embedding, but target_modules replaces"
+            " lm_head: leave lm_head out of parameterization.target_modules or untie"
+        )
+    return costs
+
+
+def sum_of(costs: Iterable[LinearCost], key: str) -> int:
+    return sum(getattr(cost, key) for cost in costs)
