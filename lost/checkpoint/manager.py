@@ -1,0 +1,270 @@
+"""Checkpoints of one run: when a folder counts, which one is the newest, which ones are kept."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lost.checkpoint.io import Tensors, flush_folder, read_json, read_tensors, replace, write_json, write_tensors
+from lost.checkpoint.manifest import Manifest, read_manifest, verify, write_manifest
+from lost.utils.errors import CheckpointError
+from lost.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+FACTS_NAME = "state.json"
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+_TEMPORARY_PREFIX = ".tmp_"
+_SAVING_PREFIX = f"{_TEMPORARY_PREFIX}step_"
+_SET_ASIDE_PREFIX = "superseded_"
+
+
+class CheckpointManager:
+    """Saves, finds, verifies and prunes the checkpoints in one folder. Only one process of a run may save.
+
+    A checkpoint is written to `.tmp_step_<step>`, every file flushed to the disk, the manifest last; the folder is then
+    renamed to `step_<step>`. A kill at any moment leaves the older checkpoints as they were.
+
+    Args:
+        folder: usually <run_dir>/checkpoints; made when first needed.
+        keep: newest complete checkpoints kept, at least 1.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        assert keep >= 1, keep
+        self.folder = Path(folder)
+        self.keep = keep
+        # Checkpoints that this process has verified, with what their files looked like: sums are not computed twice.
+        self._verified: dict[Path, tuple] = {}
+
+    def save(self, step: int, tensors: dict[str, Tensors], facts: dict[str, Any]) -> Path:
+        """Writes a checkpoint, then deletes those beyond `keep`.
+
+        Args:
+            step: optimizer steps done.
+            tensors: file name without ending ("model", "optimizer", "rng") -> tensors by name.
+            facts: everything else, as JSON values (text keys).
+        Returns:
+            The checkpoint's folder.
+        Raises:
+            CheckpointError: it could not be written; older checkpoints are untouched and nothing half-written counts.
+        """
+        target = self.folder / step_name(step)
+        temporary = self.folder / f"{_TEMPORARY_PREFIX}{target.name}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+            temporary.mkdir()
+            self._write(temporary, step, tensors, facts)
+            self._commit(temporary, target)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {target} could not be written: {error}") from error
+        finally:
+            _remove(temporary)
+        self._prune(newest=target)
+        return target
+
+    def load(self, path: str | Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+        """Tensors (on the CPU, by file name and name) and facts of a checkpoint, verified first.
+
+        Raises:
+            CheckpointError: names the file that is missing, damaged or not allowed, and what to do.
+        """
+        path = Path(path)
+        manifest = self._verify(path)
+        tensors = {
+            name.removesuffix(".safetensors"): read_tensors(
+                path / name, manifest.aliases.get(name.removesuffix(".safetensors"), {})
+            )
+            for name in manifest.files
+            if name.endswith(".safetensors")
+        }
+        return tensors, read_json(path / FACTS_NAME)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is complete and undamaged; damaged ones above it are named in a warning."""
+        for path in reversed(self.complete()):
+            try:
+                self._verify(path)
+            except CheckpointError as error:
+                logger.warning("%s Skipping this checkpoint, trying the one before it.", error)
+                continue
+            return path
+        return None
+
+    def complete(self) -> list[Path]:
+        """Folders named after a step that have a manifest, oldest first; their contents are not verified."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if _STEP_NAME.fullmatch(path.name)]
+        return sorted((path for path in found if (path / "manifest.json").is_file()), key=step_of)
+
+    def resolve(self, resume: str) -> Path | None:
+        """The checkpoint to go on from; None for a run that starts anew.
+
+        Args:
+            resume: "auto": the newest complete one, if any; "never": start anew in an unused run directory;
+                "must": the newest complete one; else the path of a checkpoint.
+        Raises:
+            CheckpointError: `never` and the run directory holds a run; `must` and there is none; a path that is no
+                checkpoint or a damaged one; checkpoints exist but every one is damaged.
+        """
+        if resume == "never":
+            self._check_unused()
+            return None
+        if resume not in ("auto", "must"):
+            path = Path(resume)
+            self._check_is_checkpoint(path)
+            self._verify(path)
+            return path
+        path = self.latest()
+        if path is None and self.complete():
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged (see the warnings above): choose another run_dir,"
+                f" or delete {self.folder} to start anew"
+            )
+        if path is None and resume == "must":
+            raise CheckpointError(
+                f"checkpoint.resume=must, but {self.folder} holds no complete checkpoint: check run_dir,"
+                " or use checkpoint.resume=auto to start anew"
+            )
+        return path
+
+    def clean(self) -> None:
+        """Call once at the start of a run, with the run's lock held: deals with what a killed save left behind.
+
+        A temporary folder that is complete (killed just before its rename) takes its place; all others are deleted.
+        """
+        if not self.folder.is_dir():
+            return
+        for temporary in sorted(self.folder.glob(f"{_TEMPORARY_PREFIX}*")):
+            target = self.folder / temporary.name.removeprefix(_TEMPORARY_PREFIX)
+            if temporary.name.startswith(_SAVING_PREFIX) and not target.exists() and _is_undamaged(temporary):
+                replace(temporary, target)
+            else:
+                _remove(temporary)
+
+    def set_aside_after(self, step: int) -> None:
+        """Call after resuming at `step`: newer checkpoints (damaged, or of a future that is run again) are renamed to
+        superseded_*, so that a later resume=auto does not jump to them."""
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.iterdir()):
+            if _STEP_NAME.fullmatch(path.name) and step_of(path) > step:
+                aside = path.with_name(_SET_ASIDE_PREFIX + path.name)
+                logger.warning("%s is newer than step %d, where the run goes on: renamed to %s", path, step, aside.name)
+                _remove(aside)
+                replace(path, aside)
+
+    def _write(self, folder: Path, step: int, tensors: dict[str, Tensors], facts: dict[str, Any]) -> None:
+        aliases = {}
+        for name, group in tensors.items():
+            assert re.fullmatch(r"[a-z0-9_]+", name), name
+            found = write_tensors(folder / f"{name}.safetensors", group)
+            if found:
+                aliases[name] = found
+        write_json(folder / FACTS_NAME, facts)
+        write_manifest(folder, step, aliases)
+        flush_folder(folder)
+
+    def _commit(self, temporary: Path, target: Path) -> None:
+        """Gives a complete folder its name. One that has it already moves away first: a kill between the two renames
+        leaves the complete temporary folder, which `clean` puts in place."""
+        old = self.folder / f"{_TEMPORARY_PREFIX}old_{target.name}"
+        _remove(old)
+        if target.exists():
+            replace(target, old)
+        replace(temporary, target)
+        _remove(old)
+
+    def _prune(self, newest: Path) -> None:
+        """Deletes all but the newest `keep` checkpoints, counting only those whose files have the right sizes."""
+        kept = 0
+        for path in reversed(self.complete()):
+            if step_of(path) > step_of(newest):
+                continue
+            kept += path == newest or _has_right_sizes(path)
+            if kept > self.keep:
+                # Renamed first: a kill in the middle of the deletion must not leave a checkpoint with files missing.
+                doomed = self.folder / f"{_TEMPORARY_PREFIX}old_{path.name}"
+                _remove(doomed)
+                replace(path, doomed)
+                _remove(doomed)
+
+    def _verify(self, path: Path) -> Manifest:
+        manifest = read_manifest(path)
+        look = _look_of(path, manifest)
+        if look is None or self._verified.get(path) != look:
+            manifest = verify(path)
+            self._verified[path] = _look_of(path, manifest) or ()
+        return manifest
+
+    def _check_unused(self) -> None:
+        metrics = self.folder.parent / "metrics.jsonl"
+        used = [str(path) for path in self.complete()]
+        if metrics.is_file() and metrics.stat().st_size:
+            used.append(str(metrics))
+        if used:
+            raise CheckpointError(
+                f"checkpoint.resume=never, but the run directory {self.folder.parent} already holds {', '.join(used)}:"
+                " choose another run_dir, or checkpoint.resume=auto to go on with it"
+            )
+
+    def _check_is_checkpoint(self, path: Path) -> None:
+        if not path.is_dir():
+            raise CheckpointError(
+                f"checkpoint.resume={path}: there is no such folder; give auto, never, must or the path of a"
+                f" checkpoint such as {self.folder / step_name(100)}"
+            )
+        inside = CheckpointManager(path / "checkpoints").complete() or CheckpointManager(path).complete()
+        if inside:
+            raise CheckpointError(
+                f"checkpoint.resume={path}: this folder holds checkpoints but is none; give one of them,"
+                f" for instance {inside[-1]}"
+            )
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Step in a checkpoint folder's name; ValueError for another name."""
+    match = _STEP_NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} is not named step_<number>")
+    return int(match.group(1))
+
+
+def _look_of(path: Path, manifest: Manifest) -> tuple | None:
+    """Size and modification time of every file, or None if one is missing."""
+    try:
+        stats = [(path / name).stat() for name in (*manifest.files, "manifest.json")]
+    except OSError:
+        return None
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+def _has_right_sizes(path: Path) -> bool:
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        return False
+    return all(
+        (path / name).is_file() and (path / name).stat().st_size == entry.size_bytes
+        for name, entry in manifest.files.items()
+    )
+
+
+def _is_undamaged(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path, ignore_errors=True)
