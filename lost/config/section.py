@@ -4,6 +4,7 @@ Standard library only, so that `lost --help` stays fast and the model room impor
 """
 
 import difflib
+import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -31,8 +32,8 @@ class Rule:
         """The rule that `value` breaks, as words, or None."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
-        if value != value:
-            return "must be a number, not nan"
+        if not math.isfinite(value):
+            return "must be a finite number"
         unit = f" {self.unit}" if self.unit else ""
         if self.at_least is not None and value < self.at_least:
             return f"must be at least {self.at_least:g}{unit}"
@@ -76,12 +77,12 @@ class Section:
 
 
 def choices_of(section: type[Section]) -> dict[str, type[Section]]:
-    """Subclasses of a choice section by their `name`; empty for a plain section."""
+    """Subclasses of a choice section by their `name`, a Literal of one word; empty for a plain section."""
     found: dict[str, type[Section]] = {}
     for subclass in section.__subclasses__():
-        default = next((f.default for f in fields(subclass) if f.name == "name"), MISSING)
-        if isinstance(default, str):
-            found[default] = subclass
+        words = get_args(get_type_hints(subclass).get("name"))
+        if len(words) == 1:
+            found[words[0]] = subclass
     return found
 
 
@@ -124,8 +125,8 @@ def pick(section: type[Section], values: Mapping[str, Any]) -> type[Section]:
 def mapping_problems(section: type[Section], values: Mapping[str, Any], path: str = "") -> list[str]:
     """Every problem of nested plain values, each with its dotted key."""
     choices = choices_of(section)
-    if choices and values.get("name") not in choices:
-        given = values.get("name", "nothing")
+    given = values.get("name", "nothing")
+    if choices and (not isinstance(given, str) or given not in choices):
         return [f"{path}name = {given}: must be one of {', '.join(sorted(choices))}{nearest(str(given), choices)}"]
     chosen = pick(section, values)
     hints = get_type_hints(chosen)
@@ -177,7 +178,7 @@ def value_problems(section: type[Section], values: Mapping[str, Any], path: str 
 
 def nearest(word: str, known: Any) -> str:
     """' (did you mean X?)' for the most similar known word, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
@@ -188,7 +189,11 @@ def nearest_choice(value: Any, hint: Any) -> str:
 def _of_another_choice(section: type[Section], chosen: type[Section], key: str) -> str:
     """Says which choices have the key, where the chosen one lacks it."""
     others = [n for n, c in choices_of(section).items() if c is not chosen and key in {f.name for f in fields(c)}]
-    return f" (only {', '.join(others)} has it)" if others else ""
+    return f": it belongs to {' and '.join(others)}, and {_name_of(chosen)} is chosen" if others else ""
+
+
+def _name_of(section: type[Section]) -> str:
+    return " or ".join(map(str, get_args(get_type_hints(section).get("name")))) or section.__name__
 
 
 def matches(value: Any, hint: Any) -> bool:

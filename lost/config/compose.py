@@ -1,0 +1,226 @@
+"""Packaged YAML + choices + overrides -> one typed, checked config. The only file that knows Hydra and OmegaConf."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_origin
+
+from lost.config.choices import ALIASES, ROOTS, choices, config_folder, groups, known_keys
+from lost.config.section import Section, build, is_section, nearest
+from lost.config.validate import Rule, all_problems
+from lost.config.values import parse, whole_numbers
+from lost.utils.errors import ConfigError
+
+_REFERENCE = re.compile(r"\\?\$\{([^{}]*)\}")
+
+
+@dataclass
+class Request:
+    """What the overrides ask for, and what is wrong with them."""
+
+    chosen: dict[str, str] = field(default_factory=dict)
+    values: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def compose(command: str, overrides: list[str], config_file: str | None = None, more_rules: Sequence[Rule] = ()) -> Any:
+    """The typed config of a command.
+
+    Args:
+        command: a key of `lost.config.choices.ROOTS`.
+        overrides: `key=value` or `group=choice`, later ones win.
+        config_file: a YAML file (for instance a run's config.yaml) that lies over the packaged defaults and under
+            the overrides.
+        more_rules: rules on top of those of `lost.config.validate`.
+    Raises:
+        ConfigError: lists every unknown key and choice, wrong type and broken rule.
+    """
+    section, _ = ROOTS[command]
+    request = read_overrides(command, overrides)
+    from_file = _read_config_file(config_file) if config_file else {}
+    if config_file and "experiment" in request.chosen:
+        request.problems.append(
+            f"experiment={request.chosen['experiment']} with --config-file: the file already holds every value;"
+            " leave one of them out"
+        )
+    values = whole_numbers(section, _composed(command, request, from_file))
+    problems = request.problems + all_problems(section, values, more_rules)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return build(section, values)
+
+
+def read_overrides(command: str, overrides: list[str]) -> Request:
+    """Sorts overrides into choices of groups and values of keys; whatever is neither becomes a problem."""
+    request = Request()
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        key = name.strip().lstrip("+")
+        if key.startswith("~"):
+            request.problems.append(f"{override}: a setting cannot be removed; give it a value, {key[1:]}=...")
+        elif key.startswith("-"):
+            asked = key.lstrip("-").replace("-", "_")
+            request.problems.append(
+                f"unknown option {key}{_nearest_key(command, asked)}: settings are written key=value"
+            )
+        elif not equals:
+            request.problems.append(f"{override!r} has no '=': settings are written key=value")
+        elif key in groups(command):
+            _choose(command, request, key, text.strip())
+        else:
+            _set(command, request, key, text)
+    return request
+
+
+def _choose(command: str, request: Request, group: str, choice: str) -> None:
+    choice = ALIASES.get((group, choice), choice)
+    known = choices(command, group)
+    if choice in known:
+        request.chosen[group] = choice
+    else:
+        request.problems.append(f"{group}={choice}: must be one of {', '.join(known)}{nearest(choice, known)}")
+
+
+def _set(command: str, request: Request, key: str, text: str) -> None:
+    known = known_keys(command)
+    if key in known and not is_section(known[key]):
+        request.values[tuple(key.split("."))] = parse(text, known[key])
+        return
+    if key in known:
+        inside = ", ".join(name for name in known if name.startswith(f"{key}."))
+        request.problems.append(f"{key}={text}: {key} is a group of keys, set one of them: {inside}")
+        return
+    # An entry of a map: the rest of the key, dots included, is the entry's name.
+    for name, hint in known.items():
+        entry_hint = _entry_hint(hint)
+        if key.startswith(f"{name}.") and entry_hint is not None:
+            request.values[(*name.split("."), key.removeprefix(f"{name}."))] = parse(text, entry_hint)
+            return
+    request.problems.append(f"unknown key {key}{_nearest_key(command, key)}")
+
+
+def _entry_hint(hint: Any) -> Any:
+    """The type of a map's entries, or None for what is no map."""
+    options = [hint, *getattr(hint, "__args__", ())]
+    return next((option.__args__[1] for option in options if get_origin(option) is dict), None)
+
+
+def _nearest_key(command: str, key: str) -> str:
+    """' (did you mean X?)' among the dotted keys: one with the same last word before one with a similar one."""
+    known = [name for name, hint in known_keys(command).items() if not is_section(hint)]
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    if same:
+        return f" (did you mean {' or '.join(same)}?)"
+    by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
+    found = nearest(key, [*known, *groups(command)])
+    if found:
+        return found
+    similar = re.search(r"did you mean (.*)\?", nearest(last, by_last))
+    return f" (did you mean {by_last[similar[1]]}?)" if similar else ""
+
+
+def _read_config_file(config_file: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    path = Path(config_file).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"--config-file {config_file}: there is no such file")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"--config-file {config_file} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config-file {config_file}: must hold a map of keys, for instance a run's config.yaml")
+    return {str(key): value for key, value in content.items()}
+
+
+def _composed(command: str, request: Request, from_file: dict[str, Any]) -> dict[str, Any]:
+    """Nested plain values: packaged defaults, the config file, the overrides; every interpolation resolved."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen = _choices_of_file(command, from_file) | request.chosen
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        tree = hydra_compose(ROOTS[command][1], [f"{group}={choice}" for group, choice in chosen.items()])
+    OmegaConf.set_struct(tree, False)
+    # A choice on the command line replaces the whole section that the file holds.
+    from_file = {key: value for key, value in from_file.items() if key not in request.chosen}
+    for key, value in from_file.items():
+        is_own_choice = isinstance(value, dict) and key in groups(command) and key not in chosen
+        tree[key] = value if is_own_choice or not isinstance(value, dict) else OmegaConf.merge(tree.get(key, {}), value)
+    texts: list[str] = []
+    known = set(known_keys(command))
+    for path, value in request.values.items():
+        node = tree
+        for part in path[:-1]:
+            if not OmegaConf.is_dict(node.get(part)):
+                node[part] = {}
+            node = node[part]
+        node[path[-1]] = _protected(value, texts, known)
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {error}") from error
+    return _restored(_without_missing(plain), texts)
+
+
+def _choices_of_file(command: str, from_file: dict[str, Any]) -> dict[str, str]:
+    """The choice of each group that the file's `name` keys pick; the file itself stands for the experiment."""
+    if not from_file:
+        return {}
+    chosen = {"experiment": "custom"} if "experiment" in groups(command) else {}
+    for group in groups(command):
+        section = from_file.get(group)
+        name = section.get("name") if isinstance(section, dict) else None
+        if group != "experiment" and name in choices(command, group):
+            chosen[group] = name
+    return chosen
+
+
+def _protected(value: Any, texts: list[str], known: set[str]) -> Any:
+    """The value with every text swapped for a mark that means nothing to OmegaConf.
+
+    Only `${key}` of a known key stays an interpolation; `\\${key}` is the text `${key}`.
+    """
+    if isinstance(value, list):
+        return [_protected(entry, texts, known) for entry in value]
+    if isinstance(value, dict):
+        return {_mark(name, texts): _protected(entry, texts, known) for name, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    result, position = "", 0
+    for reference in _REFERENCE.finditer(value):
+        if reference[1] in known:
+            is_text = reference[0].startswith("\\")
+            result += _mark(value[position : reference.start()], texts)
+            result += _mark(reference[0][1:], texts) if is_text else reference[0]
+            position = reference.end()
+    return result + _mark(value[position:], texts)
+
+
+def _mark(text: str, texts: list[str]) -> str:
+    texts.append(text)
+    return f"\ue000{len(texts) - 1}\ue001"
+
+
+def _restored(value: Any, texts: list[str]) -> Any:
+    """The value with every mark swapped back for its text."""
+    if isinstance(value, list):
+        return [_restored(entry, texts) for entry in value]
+    if isinstance(value, dict):
+        return {_restored(name, texts): _restored(entry, texts) for name, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    return re.sub("\ue000(\\d+)\ue001", lambda mark: texts[int(mark[1])], value)
+
+
+def _without_missing(value: Any) -> Any:
+    """The tree without keys that still hold `???`, so that the schema reports them as missing."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_missing(entry) for key, entry in value.items() if entry != "???"}

@@ -1,0 +1,266 @@
+"""Rules between sections. Pure Python: every problem is known before torch is imported.
+
+A rule is a function that returns its problems as sentences; its parameters name the top-level keys that it needs, and it
+runs once those are right on their own.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from lost.config.schema import (
+    BenchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    EvaluationConfig,
+    ExportConfig,
+    GenerateConfig,
+    LostConfig,
+    ModelConfig,
+    PretrainConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TextFilesDataConfig,
+    TrainConfig,
+    WsdScheduleConfig,
+)
+from lost.config.section import Section, build, is_section, mapping_problems, nearest, value_problems
+from lost.utils.errors import ConfigError
+
+Rule = Callable[..., list[str]]
+# The profiler lets this many steps pass before it records.
+PROFILER_LEAD_STEPS = 3
+
+
+def all_problems(section: type[Section], values: dict[str, Any], more_rules: Sequence[Rule] = ()) -> list[str]:
+    """Every problem of nested plain values: each section's own, then those between sections that are right."""
+    problems = mapping_problems(section, values)
+    parts = _right_parts(section, values)
+    for rule in (*RULES.get(section, ()), *more_rules):
+        needs = list(inspect.signature(rule).parameters)
+        if all(name in parts for name in needs):
+            problems += rule(**{name: parts[name] for name in needs})
+    return problems
+
+
+def _right_parts(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """The top-level values that have no problem of their own, sections built."""
+    parts = {}
+    for key, hint in get_type_hints(section).items():
+        if key not in values:
+            continue
+        if not is_section(hint):
+            if not value_problems(section, {key: values[key]}):
+                parts[key] = values[key]
+        elif isinstance(values[key], dict):
+            try:
+                parts[key] = build(hint, values[key])
+            except ConfigError:
+                continue
+    return parts
+
+
+def num_processes() -> int:
+    """Processes of this launch, as torchrun says."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isdigit() else 1
+
+
+# ---------------------------------------------------------------------------------------------------- rules
+
+
+def row_length_problems(model: ModelConfig, train: TrainConfig) -> list[str]:
+    return _row_length_problems("train.seq_len", train.seq_len, model)
+
+
+def _row_length_problems(key: str, seq_len: int, model: ModelConfig) -> list[str]:
+    if seq_len <= model.max_position_embeddings:
+        return []
+    return [
+        f"{key} = {seq_len} tokens is above model.max_position_embeddings = {model.max_position_embeddings}:"
+        " shorten the rows or raise model.max_position_embeddings"
+    ]
+
+
+def batch_problems(train: TrainConfig) -> list[str]:
+    processes = num_processes()
+    if train.global_batch_size % (train.micro_batch_size * processes) == 0:
+        return []
+    return [
+        f"train.global_batch_size = {train.global_batch_size} rows is not divisible by train.micro_batch_size ="
+        f" {train.micro_batch_size} x {processes} processes = {train.micro_batch_size * processes}:"
+        " change one of them or the number of processes"
+    ]
+
+
+def schedule_problems(train: TrainConfig, schedule: ScheduleConfig) -> list[str]:
+    total = train.num_steps
+    spans = {"warmup_steps": schedule.warmup_steps}
+    if isinstance(schedule, WsdScheduleConfig):
+        spans["decay_steps"] = schedule.decay_steps
+    steps = {key: span if isinstance(span, int) else span * total for key, span in spans.items()}
+    problems = [
+        f"schedule.{key} = {steps[key]:g} steps is above the {total} steps of the run: lower it, or give a fraction"
+        f" such as schedule.{key}=0.1"
+        for key in steps
+        if steps[key] > total
+    ]
+    if not problems and sum(steps.values()) > total:
+        words = " + ".join(f"schedule.{key} = {count:g}" for key, count in steps.items())
+        problems.append(f"{words} is above the {total} steps of the run: lower one of them")
+    return problems
+
+
+def process_problems(runtime: RuntimeConfig) -> list[str]:
+    if runtime.name == "single" and num_processes() > 1:
+        return [f"runtime=single with {num_processes()} processes: use runtime=ddp or start one process"]
+    return []
+
+
+def profile_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[str]:
+    needed = runtime.profile_steps + PROFILER_LEAD_STEPS
+    if not runtime.profile_steps or needed <= train.num_steps:
+        return []
+    return [
+        f"runtime.profile_steps = {runtime.profile_steps} steps begin after {PROFILER_LEAD_STEPS}, and the run has"
+        f" {train.num_steps}: lower profile_steps or train longer"
+    ]
+
+
+def train_file_problems(data: DataConfig) -> list[str]:
+    if isinstance(data, TextFilesDataConfig) and not data.train_files:
+        return ["data.train_files is empty: name what to train on, data.train_files=[path]"]
+    return []
+
+
+def file_problems(data: DataConfig) -> list[str]:
+    """Files that are named but not there; a pattern is left to the reader, which says what it matches."""
+    if not isinstance(data, TextFilesDataConfig):
+        return []
+    sets = data.validation_files if isinstance(data.validation_files, dict) else {"": data.validation_files}
+    named = [("data.train_files", path) for path in data.train_files]
+    for name, paths in sets.items():
+        named += [(f"data.validation_files{'.' if name else ''}{name}", path) for path in paths]
+    return [problem for key, path in named for problem in _missing_file_problem(key, path)]
+
+
+def _missing_file_problem(key: str, text: str) -> list[str]:
+    path = Path(text).expanduser()
+    if any(character in text for character in "*?[") or path.exists():
+        return []
+    if not path.parent.is_dir():
+        return [f"{key}: {text} does not exist, nor does its folder {path.parent}"]
+    siblings = (entry.name for entry in path.parent.iterdir())
+    return [f"{key}: {text} does not exist{nearest(path.name, siblings)}"]
+
+
+def tokenizer_problems(data: DataConfig) -> list[str]:
+    if data.tokenizer == "train":
+        return []
+    return _missing_path_problem("data.tokenizer", data.tokenizer, "train, a folder or a hub id")
+
+
+def source_problems(source: str) -> list[str]:
+    if not source:
+        return []
+    return _missing_path_problem("source", source, "a run directory, a checkpoint, an export or a hub id")
+
+
+def needed_source_problems(source: str) -> list[str]:
+    return [] if source else ["source is empty: name a run directory, a checkpoint, an export or a hub id"]
+
+
+def _missing_path_problem(key: str, text: str, wanted: str) -> list[str]:
+    """Only what cannot be a hub id (name or owner/name) must be on disk."""
+    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith("/") or not text.strip()
+    if is_path and not (text.strip() and Path(text).expanduser().exists()):
+        return [f"{key} = {text!r} does not exist: must be {wanted}"]
+    return []
+
+
+def run_dir_problems(run_dir: str) -> list[str]:
+    if not run_dir.strip():
+        return ["run_dir is empty: name the folder that the run writes"]
+    if Path(run_dir).expanduser().is_file():
+        return [f"run_dir = {run_dir} is a file: name a folder"]
+    return []
+
+
+def resume_problems(checkpoint: CheckpointConfig) -> list[str]:
+    words = ("auto", "never", "must")
+    if checkpoint.resume in words or Path(checkpoint.resume).expanduser().exists():
+        return []
+    return [
+        f"checkpoint.resume = {checkpoint.resume!r}: must be {', '.join(words)} or the path of a checkpoint that"
+        f" exists{nearest(checkpoint.resume, words)}"
+    ]
+
+
+def pretrain_evaluation_problems(evaluation: EvaluationConfig, train: TrainConfig) -> list[str]:
+    return _evaluation_problems(evaluation, train.seq_len)
+
+
+def evaluate_evaluation_problems(evaluation: EvaluationConfig, seq_len: int) -> list[str]:
+    return _evaluation_problems(evaluation, seq_len)
+
+
+def _evaluation_problems(evaluation: EvaluationConfig, seq_len: int) -> list[str]:
+    if evaluation.max_tokens == 0 or evaluation.max_tokens >= seq_len:
+        return []
+    return [
+        f"evaluation.max_tokens = {evaluation.max_tokens} is less than one row of {seq_len} tokens:"
+        " raise it, or 0 for the whole set"
+    ]
+
+
+def export_problems(source: str, to: str) -> list[str]:
+    if not to.strip():
+        return ["to is empty: name the folder to write"]
+    if source and Path(source).expanduser().resolve() == Path(to).expanduser().resolve():
+        return [f"to = {to} is the source itself: name another folder"]
+    return []
+
+
+def bench_layer_problems(what: str, in_features: int, out_features: int, parameterization: LostConfig) -> list[str]:
+    smaller = min(in_features, out_features)
+    if what != "layer" or isinstance(parameterization.lost_rank, float) or parameterization.lost_rank <= smaller:
+        return []
+    return [
+        f"parameterization.lost_rank = {parameterization.lost_rank} is above min(in_features, out_features) = {smaller}:"
+        " lower it or widen the layer"
+    ]
+
+
+def bench_row_length_problems(what: str, seq_len: int, model: ModelConfig) -> list[str]:
+    return _row_length_problems("seq_len", seq_len, model) if what == "step" else []
+
+
+RULES: dict[type[Section], tuple[Rule, ...]] = {
+    PretrainConfig: (
+        row_length_problems,
+        batch_problems,
+        schedule_problems,
+        process_problems,
+        profile_problems,
+        train_file_problems,
+        file_problems,
+        tokenizer_problems,
+        source_problems,
+        run_dir_problems,
+        resume_problems,
+        pretrain_evaluation_problems,
+    ),
+    EvaluateConfig: (
+        needed_source_problems,
+        source_problems,
+        file_problems,
+        tokenizer_problems,
+        evaluate_evaluation_problems,
+    ),
+    GenerateConfig: (needed_source_problems, source_problems),
+    ExportConfig: (needed_source_problems, source_problems, export_problems),
+    BenchConfig: (bench_layer_problems, bench_row_length_problems),
+}
