@@ -120,15 +120,19 @@ class Progress:
         self._bar = _rich_bar(self.console) if is_main and self.console.is_terminal else None
         if self._bar is not None:
             self._task = self._bar.add_task("", total=total_steps, completed=first_step, facts="starting")
-            self._bar.start()
 
-    def update(self, step: int, loss: float | None, learning_rate: float, tokens_per_second: float) -> None:
-        """Shows that `step` is done; a loss of None or nan (a skipped step) is shown as "skipped"."""
+    def update(self, line: Mapping[str, Any]) -> None:
+        """Shows a finished step.
+
+        Args:
+            line: the step's training line: step, loss (null or nan: a skipped step), learning_rate, tokens_per_second.
+        """
         if not self.is_main:
             return
+        step = line["step"]
         facts = (
-            f"loss {_loss_words(loss)} | lr {learning_rate:.1e} | {count_words(tokens_per_second)} tok/s"
-            f" | {duration_words(self.seconds_left(step))} left"
+            f"loss {_loss_words(line['loss'])} | lr {line['learning_rate']:.1e}"
+            f" | {count_words(line['tokens_per_second'])} tok/s | {duration_words(self.seconds_left(step))} left"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, facts=facts)
@@ -154,6 +158,10 @@ class Progress:
             self._bar.stop()
 
     def __enter__(self) -> "Progress":
+        """Shows the bar and starts the clock of the time left."""
+        self._started = self._clock()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:

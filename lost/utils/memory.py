@@ -9,13 +9,14 @@ import torch
 _PROC_STATUS = Path("/proc/self/status")
 
 
-def peak_memory_gib(device: torch.device | str = "cpu") -> float:
+def peak_memory_gib() -> float:
     """Most memory used so far, in GiB.
 
-    On a CUDA device: the maximum allocated by tensors there. Elsewhere: the process's largest resident size.
+    In a process that uses CUDA: the maximum allocated by tensors on its current GPU. Elsewhere: the process's largest
+    resident size.
     """
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
     return peak_resident_bytes() / 2**30
 
 

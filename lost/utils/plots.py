@@ -1,0 +1,190 @@
+"""Pictures of a run, drawn from its metrics.jsonl: loss, learning rate, throughput."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+_BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#64748b"
+_SIZE_INCHES = (7.2, 4.2)
+_DOTS_PER_INCH = 150
+# Half-life of the smoothed loss, as a share of the points drawn: short runs stay responsive, long ones readable.
+_SMOOTHING_SHARE = 0.01
+_VALIDATION_COLORS = (_ORANGE, "#16a34a", "#9333ea", "#dc2626", "#0891b2")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values over steps; steps without a finite value are left out."""
+
+    steps: list[int]
+    values: list[float]
+
+    def __bool__(self) -> bool:
+        return bool(self.steps)
+
+
+def write_plots(run_dir: str | Path, title: str = "") -> list[Path]:
+    """Draws <run_dir>/plots/{loss,learning_rate,throughput}.png from <run_dir>/metrics.jsonl.
+
+    Args:
+        run_dir: the run directory.
+        title: above each picture, before what it shows; default: the folder's name.
+    Returns:
+        The pictures written; one without a single value is left out.
+    """
+    run_dir = Path(run_dir)
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    pictures: dict[str, tuple[str, Callable[[Axes, list[dict[str, Any]]], bool]]] = {
+        "loss": ("loss", _draw_loss),
+        "learning_rate": ("learning rate", _draw_learning_rate),
+        "throughput": ("throughput", _draw_throughput),
+    }
+    written = []
+    for name, (words, draw) in pictures.items():
+        figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if draw(axes, lines):
+            _style(axes, f"{title or run_dir.resolve().name}: {words}")
+            path = run_dir / "plots" / f"{name}.png"
+            _save(figure, path)
+            written.append(path)
+    return written
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a torn line of a run that is still going on is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def series(lines: Iterable[dict[str, Any]], key: str) -> Series:
+    """The finite values of `key`, by step."""
+    found = [(line["step"], line[key]) for line in lines if _is_number(line.get(key))]
+    return Series([step for step, _ in found], [value for _, value in found])
+
+
+def smoothed(values: list[float], half_life: float) -> list[float]:
+    """Exponential moving average without a bias towards the first value; half_life in points."""
+    decay = 0.5 ** (1 / max(half_life, 1e-9))
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total = decay * total + value
+        weight = decay * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def _draw_loss(axes: Axes, lines: list[dict[str, Any]]) -> bool:
+    train = series(lines, "loss")
+    validation = {key: series(lines, key) for key in _validation_keys(lines)}
+    if train:
+        half_life = max(2.0, _SMOOTHING_SHARE * len(train.values))
+        is_smoothing = len(train.values) >= 10
+        axes.plot(
+            train.steps,
+            train.values,
+            color=_BLUE,
+            alpha=0.28 if is_smoothing else 1.0,
+            linewidth=0.9 if is_smoothing else 1.6,
+            marker="" if len(train.values) > 1 else "o",
+            label="train, each step" if is_smoothing else "train",
+        )
+        if is_smoothing:
+            axes.plot(
+                train.steps, smoothed(train.values, half_life), color=_BLUE, linewidth=1.8, label="train, smoothed"
+            )
+    for color, (key, values) in zip(_cycle(_VALIDATION_COLORS, len(validation)), validation.items(), strict=True):
+        axes.plot(
+            values.steps,
+            values.values,
+            color=color,
+            linewidth=1.2,
+            marker="o",
+            markersize=5,
+            markeredgecolor="white",
+            label=_validation_label(key),
+        )
+    if not train and not validation:
+        return False
+    axes.set_ylabel("mean token loss (nats)")
+    axes.legend(frameon=False)
+    return True
+
+
+def _draw_learning_rate(axes: Axes, lines: list[dict[str, Any]]) -> bool:
+    rate = series(lines, "learning_rate")
+    axes.plot(rate.steps, rate.values, color=_BLUE, linewidth=1.8, marker="" if len(rate.steps) > 1 else "o")
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    return bool(rate)
+
+
+def _draw_throughput(axes: Axes, lines: list[dict[str, Any]]) -> bool:
+    speed = series(lines, "tokens_per_second")
+    if not speed:
+        return False
+    axes.plot(speed.steps, speed.values, color=_BLUE, linewidth=1.2, marker="" if len(speed.steps) > 1 else "o")
+    middle = sorted(speed.values)[len(speed.values) // 2]
+    axes.axhline(middle, color=_GREY, linewidth=1, linestyle="--", label=f"median {EngFormatter(places=1)(middle)}")
+    axes.set_ylabel("training speed (tokens/s)")
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="lower right")
+    return True
+
+
+def _validation_keys(lines: list[dict[str, Any]]) -> list[str]:
+    """Keys such as eval/loss or eval/<set>/loss, in order of first appearance, with at least one finite value."""
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("eval/") and key.endswith("/loss"))
+    return [key for key in ("eval/loss", *(key for key in keys if key != "eval/loss")) if series(lines, key)]
+
+
+def _validation_label(key: str) -> str:
+    name = key.removeprefix("eval/").removesuffix("loss").strip("/")
+    return f"validation, {name}" if name else "validation"
+
+
+def _cycle(colors: tuple[str, ...], count: int) -> list[str]:
+    return [colors[index % len(colors)] for index in range(count)]
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#0f172a")
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, color="#e2e8f0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#94a3b8")
+    axes.tick_params(colors="#334155", labelsize=9)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes beside the picture and renames, so that a viewer never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp_{path.name}")
+    # Without the version, equal metrics give equal bytes on every machine with the same fonts.
+    figure.savefig(temporary, format="png", metadata={"Software": None})
+    temporary.replace(path)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
