@@ -1,5 +1,6 @@
 """Which groups a command has, which choices a group has, and what the packaged YAML files say. Reads YAML, no Hydra."""
 
+import importlib
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -28,9 +29,7 @@ ALIASES = {("experiment", "none"): "custom"}
 @cache
 def config_folder() -> Path:
     """The folder of the packaged YAML files: configs/ in a checkout, lost_configs in a wheel."""
-    import lost_configs
-
-    return Path(lost_configs.__path__[0])
+    return Path(importlib.import_module("lost_configs").__path__[0])
 
 
 @cache

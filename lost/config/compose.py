@@ -1,18 +1,21 @@
 """Packaged YAML + choices + overrides -> one typed, checked config. The only file that knows Hydra and OmegaConf."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin
 
+import yaml
+
 from lost.config.choices import ALIASES, ROOTS, choices, config_folder, groups, known_keys
-from lost.config.section import Section, build, is_section, nearest
+from lost.config.section import build, is_section, nearest
 from lost.config.validate import Rule, all_problems
-from lost.config.values import parse, whole_numbers
+from lost.config.values import fitted, parse
 from lost.utils.errors import ConfigError
 
 _REFERENCE = re.compile(r"\\?\$\{([^{}]*)\}")
+_MARK = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass
@@ -44,7 +47,7 @@ def compose(command: str, overrides: list[str], config_file: str | None = None, 
             f"experiment={request.chosen['experiment']} with --config-file: the file already holds every value;"
             " leave one of them out"
         )
-    values = whole_numbers(section, _composed(command, request, from_file))
+    values = fitted(section, _composed(command, request, from_file))
     problems = request.problems + all_problems(section, values, more_rules)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -122,15 +125,12 @@ def _nearest_key(command: str, key: str) -> str:
 
 
 def _read_config_file(config_file: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
     path = Path(config_file).expanduser()
     if not path.is_file():
         raise ConfigError(f"--config-file {config_file}: there is no such file")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"--config-file {config_file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config-file {config_file}: must hold a map of keys, for instance a run's config.yaml")
@@ -148,25 +148,44 @@ def _composed(command: str, request: Request, from_file: dict[str, Any]) -> dict
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         tree = hydra_compose(ROOTS[command][1], [f"{group}={choice}" for group, choice in chosen.items()])
     OmegaConf.set_struct(tree, False)
-    # A choice on the command line replaces the whole section that the file holds.
-    from_file = {key: value for key, value in from_file.items() if key not in request.chosen}
+    marks = Marks(known_keys(command))
     for key, value in from_file.items():
-        is_own_choice = isinstance(value, dict) and key in groups(command) and key not in chosen
-        tree[key] = value if is_own_choice or not isinstance(value, dict) else OmegaConf.merge(tree.get(key, {}), value)
-    texts: list[str] = []
-    known = set(known_keys(command))
+        # A choice on the command line replaces the whole section that the file holds.
+        if key not in request.chosen:
+            _lay_over(tree, key, marks.protected(value), is_whole=_is_own_choice(command, key, value))
     for path, value in request.values.items():
-        node = tree
-        for part in path[:-1]:
-            if not OmegaConf.is_dict(node.get(part)):
-                node[part] = {}
-            node = node[part]
-        node[path[-1]] = _protected(value, texts, known)
+        _set_at(tree, path, marks.protected(value))
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from error
-    return _restored(_without_missing(plain), texts)
+    return marks.restored(_without_missing(plain))
+
+
+def _lay_over(tree: Any, key: str, value: Any, is_whole: bool) -> None:
+    """Puts a value of a file into the tree: maps are merged, unless the map is whole by itself."""
+    from omegaconf import OmegaConf
+
+    is_merged = isinstance(value, dict) and not is_whole and OmegaConf.is_dict(tree.get(key))
+    tree[key] = OmegaConf.merge(tree[key], value) if is_merged else value
+
+
+def _set_at(tree: Any, path: tuple[str, ...], value: Any) -> None:
+    from omegaconf import OmegaConf
+
+    node = tree
+    for part in path[:-1]:
+        if not OmegaConf.is_dict(node.get(part)):
+            node[part] = {}
+        node = node[part]
+    node[path[-1]] = value
+
+
+def _without_missing(value: Any) -> Any:
+    """The tree without keys that still hold `???`, so that the schema reports them as missing."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_missing(entry) for key, entry in value.items() if entry != "???"}
 
 
 def _choices_of_file(command: str, from_file: dict[str, Any]) -> dict[str, str]:
@@ -182,45 +201,53 @@ def _choices_of_file(command: str, from_file: dict[str, Any]) -> dict[str, str]:
     return chosen
 
 
-def _protected(value: Any, texts: list[str], known: set[str]) -> Any:
-    """The value with every text swapped for a mark that means nothing to OmegaConf.
+def _is_own_choice(command: str, key: str, value: Any) -> bool:
+    """Whether a section of a file has a `name` of its own, so that no packaged choice lies under it."""
+    has_name = isinstance(value, dict) and "name" in value and key in groups(command)
+    return has_name and value["name"] not in choices(command, key)
+
+
+class Marks:
+    """Stand-ins that mean nothing to OmegaConf, so that text may hold any character (`${`, `???`, quotes).
 
     Only `${key}` of a known key stays an interpolation; `\\${key}` is the text `${key}`.
     """
-    if isinstance(value, list):
-        return [_protected(entry, texts, known) for entry in value]
-    if isinstance(value, dict):
-        return {_mark(name, texts): _protected(entry, texts, known) for name, entry in value.items()}
-    if not isinstance(value, str):
-        return value
-    result, position = "", 0
-    for reference in _REFERENCE.finditer(value):
-        if reference[1] in known:
-            is_text = reference[0].startswith("\\")
-            result += _mark(value[position : reference.start()], texts)
-            result += _mark(reference[0][1:], texts) if is_text else reference[0]
-            position = reference.end()
-    return result + _mark(value[position:], texts)
 
+    def __init__(self, known: Container[str]):
+        self.known = known
+        self.texts: list[str] = []
 
-def _mark(text: str, texts: list[str]) -> str:
-    texts.append(text)
-    return f"\ue000{len(texts) - 1}\ue001"
+    def protected(self, value: Any) -> Any:
+        """The nested value with every text swapped for a mark."""
+        if isinstance(value, list):
+            return [self.protected(entry) for entry in value]
+        if isinstance(value, dict):
+            # The schema knows no key but text, and names the others as unknown.
+            return {self._mark_name(name): self.protected(entry) for name, entry in value.items()}
+        return self._protected_text(value) if isinstance(value, str) else value
 
+    def restored(self, value: Any) -> Any:
+        """The nested value with every mark swapped back for its text."""
+        if isinstance(value, list):
+            return [self.restored(entry) for entry in value]
+        if isinstance(value, dict):
+            return {self.restored(name): self.restored(entry) for name, entry in value.items()}
+        return _MARK.sub(lambda mark: self.texts[int(mark[1])], value) if isinstance(value, str) else value
 
-def _restored(value: Any, texts: list[str]) -> Any:
-    """The value with every mark swapped back for its text."""
-    if isinstance(value, list):
-        return [_restored(entry, texts) for entry in value]
-    if isinstance(value, dict):
-        return {_restored(name, texts): _restored(entry, texts) for name, entry in value.items()}
-    if not isinstance(value, str):
-        return value
-    return re.sub("\ue000(\\d+)\ue001", lambda mark: texts[int(mark[1])], value)
+    def _protected_text(self, text: str) -> str:
+        result, position = "", 0
+        for reference in _REFERENCE.finditer(text):
+            if reference[1] in self.known:
+                is_text = reference[0].startswith("\\")
+                result += self._mark(text[position : reference.start()])
+                result += self._mark(reference[0][1:]) if is_text else reference[0]
+                position = reference.end()
+        return result + self._mark(text[position:])
 
+    def _mark_name(self, name: Any) -> str:
+        # Keys of sections must stay readable: they are merged with those of the packaged files.
+        return str(name) if str(name).isidentifier() else self._mark(str(name))
 
-def _without_missing(value: Any) -> Any:
-    """The tree without keys that still hold `???`, so that the schema reports them as missing."""
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_missing(entry) for key, entry in value.items() if entry != "???"}
+    def _mark(self, text: str) -> str:
+        self.texts.append(text)
+        return f"\ue000{len(self.texts) - 1}\ue001"

@@ -1,6 +1,6 @@
 """Rules between sections. Pure Python: every problem is known before torch is imported.
 
-A rule is a function that returns its problems as sentences; its parameters name the top-level keys that it needs, and it
+A rule is a function that returns its problems as sentences. Its parameters name the top-level keys that it needs; it
 runs once those are right on their own.
 """
 
@@ -229,8 +229,8 @@ def bench_layer_problems(what: str, in_features: int, out_features: int, paramet
     if what != "layer" or isinstance(parameterization.lost_rank, float) or parameterization.lost_rank <= smaller:
         return []
     return [
-        f"parameterization.lost_rank = {parameterization.lost_rank} is above min(in_features, out_features) = {smaller}:"
-        " lower it or widen the layer"
+        f"parameterization.lost_rank = {parameterization.lost_rank} is above min(in_features, out_features) ="
+        f" {smaller}: lower it or widen the layer"
     ]
 
 

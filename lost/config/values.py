@@ -115,15 +115,17 @@ def unquoted(text: str) -> str:
     return stripped[1:-1] if has_quotes else stripped
 
 
-def whole_numbers(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
-    """The nested values with floats such as 1e9 turned into ints where the key asks for a whole number."""
+def fitted(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """The nested values of a YAML file in the types that the keys ask for: text `1e-3` and whole floats as numbers."""
     hints = get_type_hints(pick(section, values))
-    result = {}
-    for key, value in values.items():
-        hint = hints.get(key)
-        if is_section(hint) and isinstance(value, dict):
-            result[key] = whole_numbers(hint, value)
-        else:
-            is_whole = hint is int and isinstance(value, float) and value.is_integer()
-            result[key] = int(value) if is_whole else value
-    return result
+    return {key: _fitted(value, hints[key]) if key in hints else value for key, value in values.items()}
+
+
+def _fitted(value: Any, hint: Any) -> Any:
+    if is_section(hint):
+        return fitted(hint, value) if isinstance(value, dict) else value
+    if isinstance(value, str):
+        return parse(value, hint)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
