@@ -2,7 +2,14 @@
 
 from lost.checkpoint.fingerprint import check_same, differences, fixed_keys
 from lost.checkpoint.manager import CheckpointManager
-from lost.checkpoint.run_dir import RunLock, read_status, truncate_metrics, write_json_atomically, write_status
+from lost.checkpoint.run_dir import (
+    RunLock,
+    read_status,
+    truncate_metrics,
+    write_json_atomically,
+    write_status,
+    write_text_atomically,
+)
 
 __all__ = [
     "CheckpointManager",
@@ -14,4 +21,5 @@ __all__ = [
     "truncate_metrics",
     "write_json_atomically",
     "write_status",
+    "write_text_atomically",
 ]

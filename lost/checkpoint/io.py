@@ -81,16 +81,20 @@ def _without_shared_memory(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
     return stored, aliases
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON and flushes it to the disk; floats are exact, keys become text."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file and flushes it to the disk."""
     try:
         with path.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}. {_space_left(path)}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON and flushes it to the disk; floats are exact, keys become text."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -105,15 +109,20 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
 
 
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Replaces a JSON file so that a reader, or a kill at any moment, sees the old one or the new one."""
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replaces a file so that a reader, or a kill at any moment, sees the old contents or the new ones."""
     # Host and process in the name: two writers never share a temporary file.
     temporary = path.with_name(f".tmp_{path.name}_{socket.gethostname()}_{os.getpid()}")
     try:
-        write_json(temporary, value)
+        write_text(temporary, text)
         replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Replaces a JSON file like `write_text_atomically`."""
+    write_text_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def replace(source: Path, target: Path) -> None:

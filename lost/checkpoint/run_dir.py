@@ -11,11 +11,19 @@ import weakref
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lost.checkpoint.io import flush_file, read_json, replace, write_json_atomically
+from lost.checkpoint.io import flush_file, read_json, replace, write_json_atomically, write_text_atomically
 from lost.utils.errors import CheckpointError
 from lost.utils.logging import get_logger
 
-__all__ = ["RunLock", "RunState", "read_status", "truncate_metrics", "write_json_atomically", "write_status"]
+__all__ = [
+    "RunLock",
+    "RunState",
+    "read_status",
+    "truncate_metrics",
+    "write_json_atomically",
+    "write_status",
+    "write_text_atomically",
+]
 
 logger = get_logger(__name__)
 

@@ -1,5 +1,6 @@
 """Pictures of a run, drawn from its metrics.jsonl: loss, learning rate, throughput."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 _BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#64748b"
 _SIZE_INCHES = (7.2, 4.2)
 _DOTS_PER_INCH = 150
-# Half-life of the smoothed loss, as a share of the points drawn: short runs stay responsive, long ones readable.
+# Neighbours on each side that smooth the loss, as a share of the points drawn.
 _SMOOTHING_SHARE = 0.01
 _VALIDATION_COLORS = (_ORANGE, "#16a34a", "#9333ea", "#dc2626", "#0891b2")
 
@@ -31,7 +32,7 @@ class Series:
         return bool(self.steps)
 
 
-def write_plots(run_dir: str | Path, title: str = "") -> list[Path]:
+def plot_run(run_dir: str | Path, title: str = "") -> list[Path]:
     """Draws <run_dir>/plots/{loss,learning_rate,throughput}.png from <run_dir>/metrics.jsonl.
 
     Args:
@@ -79,15 +80,16 @@ def series(lines: Iterable[dict[str, Any]], key: str) -> Series:
     return Series([step for step, _ in found], [value for _, value in found])
 
 
-def smoothed(values: list[float], half_life: float) -> list[float]:
-    """Exponential moving average without a bias towards the first value; half_life in points."""
-    decay = 0.5 ** (1 / max(half_life, 1e-9))
-    total = weight = 0.0
+def smoothed(values: list[float], reach: int) -> list[float]:
+    """Mean of each value and up to `reach` neighbours on both sides (those that exist).
+
+    Centred, so that the curve does not trail behind a falling loss.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
     result = []
-    for value in values:
-        total = decay * total + value
-        weight = decay * weight + 1
-        result.append(total / weight)
+    for index in range(len(values)):
+        first, end = max(0, index - reach), min(len(values), index + reach + 1)
+        result.append((sums[end] - sums[first]) / (end - first))
     return result
 
 
@@ -95,7 +97,6 @@ def _draw_loss(axes: Axes, lines: list[dict[str, Any]]) -> bool:
     train = series(lines, "loss")
     validation = {key: series(lines, key) for key in _validation_keys(lines)}
     if train:
-        half_life = max(2.0, _SMOOTHING_SHARE * len(train.values))
         is_smoothing = len(train.values) >= 10
         axes.plot(
             train.steps,
@@ -107,9 +108,8 @@ def _draw_loss(axes: Axes, lines: list[dict[str, Any]]) -> bool:
             label="train, each step" if is_smoothing else "train",
         )
         if is_smoothing:
-            axes.plot(
-                train.steps, smoothed(train.values, half_life), color=_BLUE, linewidth=1.8, label="train, smoothed"
-            )
+            reach = max(2, round(_SMOOTHING_SHARE * len(train.values)))
+            axes.plot(train.steps, smoothed(train.values, reach), color=_BLUE, linewidth=1.8, label="train, smoothed")
     for color, (key, values) in zip(_cycle(_VALIDATION_COLORS, len(validation)), validation.items(), strict=True):
         axes.plot(
             values.steps,
@@ -143,7 +143,9 @@ def _draw_throughput(axes: Axes, lines: list[dict[str, Any]]) -> bool:
         return False
     axes.plot(speed.steps, speed.values, color=_BLUE, linewidth=1.2, marker="" if len(speed.steps) > 1 else "o")
     middle = sorted(speed.values)[len(speed.values) // 2]
-    axes.axhline(middle, color=_GREY, linewidth=1, linestyle="--", label=f"median {EngFormatter(places=1)(middle)}")
+    axes.axhline(
+        middle, color=_GREY, linewidth=1, linestyle="--", label=f"median {EngFormatter(places=1, sep='')(middle)}"
+    )
     axes.set_ylabel("training speed (tokens/s)")
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylim(bottom=0)
@@ -169,6 +171,8 @@ def _cycle(colors: tuple[str, ...], count: int) -> list[str]:
 def _style(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#0f172a")
     axes.set_xlabel("optimizer step")
+    # A right limit of at least 1: a run of one step still has an axis of whole steps.
+    axes.set_xlim(left=0, right=max(1.0, axes.get_xlim()[1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, color="#e2e8f0", linewidth=0.8)
     axes.set_axisbelow(True)
