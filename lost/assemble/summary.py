@@ -1,0 +1,140 @@
+"""What a person reads before and after a run, all of it from the config and the run directory."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lost.accounting import count_parameters
+from lost.config.schema import DenseConfig, PretrainConfig
+from lost.config.section import to_dict
+from lost.data import Prepared
+from lost.export import CardFacts
+from lost.train.runtime import Runtime
+from lost.train.state import TrainState
+from lost.utils.plots import read_metrics
+from lost.utils.versions import versions
+
+
+def training_and_evaluation(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training lines, evaluation lines) of metrics.jsonl."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [line for line in lines if "loss" in line], [line for line in lines if "eval/loss" in line]
+
+
+def parameter_words(config: PretrainConfig) -> str:
+    """'3.37 M (dense: 5.26 M)'."""
+    own = count_parameters(config.model, config.parameterization)
+    dense = count_parameters(config.model, DenseConfig())
+    return f"{own / 1e6:.2f} M" + (f" (dense: {dense / 1e6:.2f} M)" if own != dense else "")
+
+
+def print_start(config: PretrainConfig, runtime: Runtime, prepared: Prepared, state: TrainState) -> None:
+    """What was picked and derived, before step 1."""
+    train = config.train
+    accumulation = train.global_batch_size // (train.micro_batch_size * runtime.num_processes)
+    optimizer, schedule = to_dict(config.optimizer), to_dict(config.schedule)
+    table = key_value_table(f"{config.experiment}: {config.model.name}, {to_dict(config.parameterization)['name']}")
+    table.add_row("parameters", parameter_words(config))
+    table.add_row("runs on", runtime.describe())
+    table.add_row("data", f"{to_dict(config.data)['name']}: {prepared.train.num_tokens:,} tokens to train on")
+    table.add_row(
+        "a step",
+        f"{train.global_batch_size} rows of {train.seq_len} = {train.global_batch_tokens:,} tokens"
+        f" ({accumulation} micro-steps of {train.micro_batch_size} rows a process)",
+    )
+    num_tokens = train.num_steps * train.global_batch_tokens
+    epochs = num_tokens / max(1, len(prepared.train) * train.seq_len)
+    table.add_row("the run", f"{train.num_steps:,} steps, {num_tokens:,} tokens, {epochs:.2f} epochs")
+    table.add_row("optimizer", f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {schedule['name']}")
+    table.add_row("run_dir", f"{config.run_dir}" + (f" (goes on after step {state.step})" if state.step else ""))
+    Console().print(table)
+
+
+def print_summary(config: PretrainConfig, run_dir: Path) -> None:
+    """What came out, where it is and what to try next."""
+    steps, evaluations = training_and_evaluation(run_dir)
+    before, after = evaluations[0], evaluations[-1]
+    table = key_value_table(f"Finished: {run_dir}")
+    table.add_row("parameters", parameter_words(config))
+    table.add_row("steps", f"{after['step']:,} ({steps[-1]['skipped_steps']} skipped)")
+    table.add_row("tokens seen", f"{steps[-1]['tokens_seen']:,}")
+    table.add_row(
+        "validation perplexity", f"{before['eval/perplexity']:.1f} before, {after['eval/perplexity']:.2f} after"
+    )
+    table.add_row("tokens/s", f"{median(line['tokens_per_second'] for line in steps):,.0f} (median of the steps)")
+    table.add_row("peak memory", f"{max(line['peak_memory_gib'] for line in steps):.2f} GiB a process")
+    table.add_row("model", f"{run_dir / 'final'}")
+    table.add_row("metrics, plots", f"{run_dir / 'metrics.jsonl'}, {run_dir / 'plots'}")
+    console = Console()
+    console.print(table)
+    sample = run_dir / "sample.txt"
+    if sample.is_file():
+        console.rule("a sample (the prompt is the beginning of the validation set)", align="left")
+        console.print(sample.read_text(encoding="utf-8"), markup=False, highlight=False)
+        console.rule()
+    console.print("Try next:", style="bold")
+    for command in next_commands(config, run_dir):
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def next_commands(config: PretrainConfig, run_dir: Path) -> list[str]:
+    is_dense = isinstance(config.parameterization, DenseConfig)
+    other = "lost" if is_dense else "dense"
+    return [
+        f'lost generate source={run_dir} prompt="def read("',
+        f"lost evaluate source={run_dir}",
+        f"lost export source={run_dir} to=my_model",
+        f"lost pretrain parameterization={other}        # the same run with the other kind of layer",
+        "lost plan                                 # what the larger models need",
+    ]
+
+
+def key_value_table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def card_facts(config: PretrainConfig, run_dir: Path, state: TrainState, prepared: Prepared) -> CardFacts:
+    """The facts of final/README.md."""
+    _, evaluations = training_and_evaluation(run_dir)
+    last = evaluations[-1]
+    optimizer, schedule = to_dict(config.optimizer), to_dict(config.schedule)
+    data = to_dict(config.data)
+    report = prepared.report
+    return CardFacts(
+        name=f"{config.model.name}, {to_dict(config.parameterization)['name']}, {config.experiment}",
+        parameterization=to_dict(config.parameterization),
+        num_parameters=count_parameters(config.model, config.parameterization),
+        num_dense_parameters=count_parameters(config.model, DenseConfig()),
+        data=f"{data['name']} ({report.num_documents:,} documents), {data['row_maker']} rows",
+        steps=state.step,
+        tokens_seen=state.tokens_seen,
+        seq_len=config.train.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        learning_rate=optimizer["learning_rate"],
+        optimizer=optimizer["name"],
+        schedule=schedule["name"],
+        seed=config.seed,
+        validation=validation_facts(last),
+        versions={name: version for name, version in versions()["packages"].items() if version},
+    )
+
+
+def validation_facts(line: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Perplexities of each validation set from one evaluation line."""
+    prefixes = {key.removesuffix("perplexity_lineage") for key in line if key.endswith("/perplexity_lineage")}
+    names = {prefix: prefix.removeprefix("eval").strip("/") or "validation" for prefix in sorted(prefixes)}
+    return {
+        name: {
+            "perplexity": line[f"{prefix}perplexity"],
+            "perplexity_lineage": line[f"{prefix}perplexity_lineage"],
+            "lineage_note": line[f"{prefix}perplexity_lineage_note"],
+            "num_tokens": line[f"{prefix}tokens"],
+        }
+        for prefix, name in names.items()
+    }
