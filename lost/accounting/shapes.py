@@ -6,6 +6,7 @@ from lost.config.schema import ModelConfig
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def block_linears(model: ModelConfig, index: int) -> list[LinearShape]:
 
 
 def head_linear(model: ModelConfig) -> LinearShape:
-    return LinearShape("lm_head", model.hidden_size, model.vocab_size)
+    return LinearShape(HEAD, model.hidden_size, model.vocab_size)
 
 
 def linear_shapes(model: ModelConfig) -> list[LinearShape]:

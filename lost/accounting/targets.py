@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from lost.accounting.shapes import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, LinearShape
+from lost.accounting.shapes import ATTENTION_PROJECTIONS, HEAD, MLP_PROJECTIONS, LinearShape
 from lost.config.schema import CountOrFraction, LostConfig
 from lost.config.section import nearest
 from lost.utils.errors import ConfigError
@@ -33,9 +33,11 @@ def is_match(name: str, pattern: str) -> bool:
 
 
 def is_target(name: str, config: LostConfig) -> bool:
-    """Whether the linear layer called `name` is replaced."""
+    """Whether the linear layer called `name` is replaced; all_linear leaves lm_head dense."""
     patterns = config.target_modules or list(FAMILY_PROJECTIONS)
-    return ALL_LINEAR in patterns or any(is_match(name, pattern) for pattern in patterns)
+    if ALL_LINEAR in patterns:
+        return name != HEAD
+    return any(is_match(name, pattern) for pattern in patterns)
 
 
 def rank_of(config: LostConfig, linear: LinearShape) -> int:
@@ -69,19 +71,20 @@ def lost_shapes(config: LostConfig, linears: Iterable[LinearShape]) -> list[Lost
         ConfigError: a pattern of target_modules or of an override matches no layer, or a rank is too high.
     """
     linears = list(linears)
-    problems = _unmatched_patterns(config, [linear.name for linear in linears])
+    targets = [linear for linear in linears if is_target(linear.name, config)]
+    patterns = [pattern for pattern in config.target_modules if pattern != ALL_LINEAR]
+    problems = _unmatched("target_modules", patterns, linears)
+    if targets:
+        problems += _unmatched("rank_overrides", config.rank_overrides, targets)
+        problems += _unmatched("density_overrides", config.density_overrides, targets)
     replaced = []
-    for linear in linears:
-        if not is_target(linear.name, config):
-            continue
+    for linear in targets:
         try:
             replaced.append(LostShape(linear, rank_of(config, linear), num_kept_of(config, linear)))
         except ConfigError as error:
             problems += error.problems
-    if not problems and not replaced:
-        problems = ["no linear layer is replaced: name some in parameterization.target_modules"]
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(problems)
     return replaced
 
 
@@ -91,16 +94,11 @@ def _last_match(name: str, overrides: Mapping[str, Value], default: Value) -> Va
     return values[-1] if values else default
 
 
-def _unmatched_patterns(config: LostConfig, names: list[str]) -> list[str]:
-    patterns = {
-        "target_modules": [pattern for pattern in config.target_modules if pattern != ALL_LINEAR],
-        "rank_overrides": list(config.rank_overrides),
-        "density_overrides": list(config.density_overrides),
-    }
-    ends = {name.rsplit(".", 1)[-1] for name in names}
+def _unmatched(key: str, patterns: Iterable[str], linears: list[LinearShape]) -> list[str]:
+    """A problem for every pattern that matches none of the layers."""
+    ends = sorted({linear.name.rsplit(".", 1)[-1] for linear in linears})
     return [
-        f"{key}: the pattern {pattern} matches no linear layer{nearest(pattern, ends)}; there are {', '.join(sorted(ends))}"
-        for key, given in patterns.items()
-        for pattern in given
-        if not any(is_match(name, pattern) for name in names)
+        f"{key}: the pattern {pattern} matches no linear layer{nearest(pattern, ends)}; there are {', '.join(ends)}"
+        for pattern in patterns
+        if not any(is_match(linear.name, pattern) for linear in linears)
     ]

@@ -1,1 +1,18 @@
-""""""
+"""The LOST layer, what puts it into a module, and the model types that transformers knows after this import."""
+
+from lost.model.build import build_model
+from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM, LostLlamaModel, register
+from lost.model.inject import InjectionReport, inject
+from lost.model.lost_linear import LostLinear
+
+register()
+
+__all__ = [
+    "InjectionReport",
+    "LostLinear",
+    "LostLlamaConfig",
+    "LostLlamaForCausalLM",
+    "LostLlamaModel",
+    "build_model",
+    "inject",
+]

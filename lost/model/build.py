@@ -1,0 +1,151 @@
+"""From the typed config to an initialised model, one weight at a time, the same bits on every machine and split."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lost.accounting.costs import linear_costs
+from lost.config.schema import DenseConfig, ModelConfig, ParameterizationConfig
+from lost.config.section import to_dict
+from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM
+from lost.model.lost_init import layer_generator
+from lost.model.parameterizations import parameterization_of
+from lost.utils.errors import ConfigError
+
+
+def build_model(
+    model: ModelConfig,
+    parameterization: ParameterizationConfig,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer_ids: Mapping[str, int | None] | None = None,
+) -> PreTrainedModel:
+    """A causal language model with initial weights: transformers' own LlamaForCausalLM if dense, else `lost_llama`.
+
+    Args:
+        model: the architecture.
+        parameterization: form of the linear layers.
+        seed: with a parameter's qualified name it gives the parameter's values, whatever else is in the model: the
+            dense weights W0 of dense and of LOST are the same numbers.
+        device: where the model ends; every weight is drawn and factorised on the CPU in float32 or better.
+        dtype: of the parameters, rounded from float32 at the end.
+        tokenizer_ids: bos_token_id, eos_token_id and pad_token_id, None for those that the tokenizer has not.
+
+    Raises:
+        ConfigError: a token id outside the vocabulary, or a parameterization that does not fit the architecture.
+    """
+    linear_costs(model, parameterization)
+    net = build_meta_model(model, parameterization, dtype=dtype, tokenizer_ids=tokenizer_ids)
+    net.to_empty(device=device)
+    net.tie_weights()
+    initialise(net, parameterization, seed)
+    return net
+
+
+def build_meta_model(
+    model: ModelConfig,
+    parameterization: ParameterizationConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_ids: Mapping[str, int | None] | None = None,
+) -> PreTrainedModel:
+    """The model on the meta device: shapes without memory."""
+    config = llama_config(model, parameterization, tokenizer_ids)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            is_own = isinstance(config, LostLlamaConfig)
+            net = LostLlamaForCausalLM(config) if is_own else LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    net.config.dtype = dtype
+    return net
+
+
+def llama_config(
+    model: ModelConfig,
+    parameterization: ParameterizationConfig,
+    tokenizer_ids: Mapping[str, int | None] | None = None,
+) -> LlamaConfig:
+    """The config of transformers: LlamaConfig if dense, else LostLlamaConfig.
+
+    Raises:
+        ConfigError: a token id outside the vocabulary.
+    """
+    keys: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "initializer_range": model.initializer_range,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        **token_ids(model, tokenizer_ids or {}),
+    }
+    if isinstance(parameterization, DenseConfig):
+        return LlamaConfig(**keys)
+    return LostLlamaConfig(parameterization=to_dict(parameterization), **keys)
+
+
+def token_ids(model: ModelConfig, tokenizer_ids: Mapping[str, int | None]) -> dict[str, int | None]:
+    """bos, eos and pad ids for the model's config.
+
+    A pad that is also bos or eos is left out: the embedding of the pad token is zero and is never trained.
+    """
+    ids = {key: tokenizer_ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    problems = [
+        f"{key} = {value}: must be from 0 to model.vocab_size - 1 = {model.vocab_size - 1};"
+        " use the tokenizer that this vocabulary was sized for, or raise model.vocab_size"
+        for key, value in ids.items()
+        if value is not None and not 0 <= value < model.vocab_size
+    ]
+    if problems:
+        raise ConfigError(problems)
+    if ids["pad_token_id"] in (ids["bos_token_id"], ids["eos_token_id"]):
+        ids["pad_token_id"] = None
+    return ids
+
+
+@torch.no_grad()
+def initialise(net: PreTrainedModel, parameterization: ParameterizationConfig, seed: int) -> None:
+    """Initial values of every parameter and buffer of `net`, module by module; at most one W0 lives at a time.
+
+    Numerics: N(0, initializer_range) in float32 on the CPU from (seed, name), norms 1, biases 0; the pad row of the
+    embedding is 0, as transformers has it.
+    """
+    form = parameterization_of(parameterization)
+    std: float = net.config.initializer_range
+    for name, module in net.named_modules():
+        if form.is_layer(module) and not _is_tied_head(net, module):
+            weight = draw(seed, f"{name}.weight", (module.out_features, module.in_features), std)  # pyright: ignore
+            form.fill(module, weight, parameterization, layer_generator(seed, f"{name}.factors"))
+        elif isinstance(module, nn.Linear):
+            if not _is_tied_head(net, module):
+                module.weight.copy_(draw(seed, f"{name}.weight", tuple(module.weight.shape), std))
+        elif isinstance(module, nn.Embedding):
+            module.weight.copy_(draw(seed, f"{name}.weight", tuple(module.weight.shape), std))
+            if module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        else:
+            # Norms and the buffers of the rotary embedding draw nothing.
+            net._init_weights(module)
+
+
+def draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    """N(0, std^2) in float32 on the CPU; the same numbers for the same (seed, name)."""
+    weight = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return weight.normal_(0, std, generator=layer_generator(seed, name))
+
+
+def _is_tied_head(net: PreTrainedModel, module: nn.Module) -> bool:
+    return bool(net.config.tie_word_embeddings) and module is net.get_output_embeddings()
