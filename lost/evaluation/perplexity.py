@@ -103,7 +103,7 @@ def perplexity(
         order. Neither micro_batch_size nor num_processes changes the result but for rounding inside the model.
     """
     assert num_processes == 1 or gather is not None, "several processes need a gather function"
-    num_rows = rows_to_read(rows, max_tokens)
+    num_rows = rows_to_read(rows, max_tokens, micro_batch_size)
     batches = [range(start, min(start + micro_batch_size, num_rows)) for start in range(0, num_rows, micro_batch_size)]
     num_rounds = math.ceil(len(batches) / num_processes)
     # Columns: loss, predicted, labelled. One slot a row of every micro-batch, so that all processes gather one shape.
@@ -122,13 +122,13 @@ def perplexity(
     return summarise(in_row_order(table, batches, num_processes, gather, device))
 
 
-def rows_to_read(rows: Rows, max_tokens: int) -> int:
+def rows_to_read(rows: Rows, max_tokens: int, rows_at_a_time: int) -> int:
     """How many rows, from the first, hold max_tokens predicted tokens (0: all rows). The same on every process."""
     if not max_tokens:
         return len(rows)
     num_tokens = 0
-    for start in range(0, len(rows), LINEAGE_BATCH_ROWS):
-        labels = rows.read(list(range(start, min(start + LINEAGE_BATCH_ROWS, len(rows)))))["labels"]
+    for start in range(0, len(rows), rows_at_a_time):
+        labels = rows.read(list(range(start, min(start + rows_at_a_time, len(rows)))))["labels"]
         for offset, count in enumerate((labels[:, 1:] != IGNORED_LABEL).sum(1).tolist()):
             num_tokens += count
             if num_tokens >= max_tokens:

@@ -152,7 +152,8 @@ def test_max_tokens_boundaries():
     labels = torch.ones(600, 5, dtype=torch.int64)
     rows = MemoryRows(labels)
     cases = {1: 1, 4: 1, 5: 2, 1200: 300, 1201: 301, 2400: 600, 9999: 600, 0: 600}
-    assert {tokens: rows_to_read(rows, tokens) for tokens in cases} == cases
+    for rows_at_a_time in (1, 7, 256):
+        assert {tokens: rows_to_read(rows, tokens, rows_at_a_time) for tokens in cases} == cases
 
 
 def literal_lineage_perplexity(model, labels, target_tokens):

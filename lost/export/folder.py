@@ -1,0 +1,80 @@
+"""Writes a model as a Hugging Face folder that is whole or not there."""
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lost.export.card import CardFacts, model_card
+from lost.utils.errors import LostError
+
+
+def save_final(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, facts: CardFacts
+) -> Path:
+    """Writes config.json, model.safetensors, tokenizer, generation_config.json and README.md (the model card).
+
+    The folder appears in one rename once everything is on disk; an older one of that name is replaced.
+
+    Args:
+        model: the plain model (not wrapped for training); its weights are written bit for bit.
+        folder: where to; its parent is made if there is none.
+    Returns:
+        The folder.
+    Raises:
+        LostError: it could not be written; an older folder is then still there.
+    """
+    return save_folder(model, tokenizer, folder, model_card(model.config, facts))
+
+
+def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str) -> Path:
+    """`save_final` with the text of the card given."""
+    folder = Path(folder).absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    # Left behind by a process that was killed while saving.
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        model.generation_config = generation_config(model, tokenizer)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        flush_to_disk(partial)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        flush_path(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise LostError(f"{folder} could not be written: {error}. Check the free space and the permissions") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return folder
+
+
+def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's own, with the tokenizer's ids: `generate` then stops where a document ends."""
+    config = model.generation_config or GenerationConfig()
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return config
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Makes every file of the folder survive a loss of power."""
+    for path in folder.rglob("*"):
+        flush_path(path)
+    flush_path(folder)
+
+
+def flush_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
