@@ -1,0 +1,95 @@
+"""Folders made once, named by a hash of what went into them: safe with several processes and after a kill."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lost.utils.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder(setting: str) -> Path:
+    """The folder of prepared data: data.cache_dir, else $LOST_CACHE, else $XDG_CACHE_HOME/lost, else ~/.cache/lost."""
+    chosen = setting or os.environ.get("LOST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lost"
+
+
+def key_of(**facts: object) -> str:
+    """A short name that is the same for the same facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> bool:
+    """Makes `folder` if it is not there whole: in a temporary folder beside it, renamed when done.
+
+    One process makes it; others that ask meanwhile wait for it. What a killed process left behind is removed.
+
+    Returns:
+        Whether it was made now.
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    if folder.is_dir() and is_whole(folder):
+        return False
+    with _locked(folder):
+        if folder.is_dir():
+            if is_whole(folder):
+                return False
+            logger.warning("%s is damaged: making it again", folder)
+            shutil.rmtree(folder)
+        for stale in folder.parent.glob(f".making-{folder.name}-*"):
+            shutil.rmtree(stale)
+        making = folder.parent / f".making-{folder.name}-{os.getpid()}"
+        making.mkdir()
+        try:
+            make(making)
+            for path in making.iterdir():
+                _flush(path)
+            making.rename(folder)
+            _flush(folder.parent)
+        except OSError as error:
+            raise DataError(
+                f"cannot write prepared data to {folder.parent} ({error.strerror or error}):"
+                " free some space or set data.cache_dir to another folder"
+            ) from error
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of `folder`; the system gives it back when a process dies."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(folder.parent / f"{folder.name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror}):"
+            " set data.cache_dir or LOST_CACHE to a folder of yours"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process is making %s: waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _flush(path: Path) -> None:
+    """Brings a file's or folder's content to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

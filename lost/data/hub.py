@@ -1,0 +1,148 @@
+"""C4 from the Hugging Face hub, its cache or a local folder; never waits for a hub that does not answer."""
+
+import hashlib
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from lost.config.schema import C4DataConfig
+from lost.data.files import Piece, document_pieces
+from lost.data.sources import Sources
+from lost.utils.errors import DataError
+
+_SECONDS_TO_ANSWER = 5.0
+# The recipe of GaLore, SLTrain and CoLA: the stream shuffled with this seed and the library's own buffer size.
+_SHUFFLE_SEED = 42
+_INSTEAD = (
+    "use data=stdlib (always there), data=text_files data.train_files=[...], or a local copy:"
+    " data.dataset=<folder with en/c4-train.*.json.gz and en/c4-validation.*.json.gz>"
+)
+
+
+class C4Corpus:
+    """One split of C4, streamed with `datasets` and shuffled with seed 42.
+
+    Args:
+        name: "train" or "validation", the split.
+        data: the settings.
+        folder: local copy to read instead of the hub, or None.
+        max_documents: documents to take; 0 = all.
+    """
+
+    def __init__(self, name: str, data: C4DataConfig, folder: Path | None, max_documents: int):
+        self.name = name
+        self._data = data
+        self._folder = folder
+        self._max_documents = max_documents
+
+    def content_hash(self) -> str:
+        """Hash of names and settings: the data set itself is too large to be read for a hash, and does not change."""
+        facts = [self._data.subset, self.name, self._data.text_field, str(_SHUFFLE_SEED), str(self._max_documents)]
+        if self._folder is None:
+            facts.append(self._data.dataset)
+        else:
+            facts += [f"{path.name} {path.stat().st_size}" for path in self._files()]
+        return hashlib.sha256("\0".join(facts).encode()).hexdigest()
+
+    def size(self) -> int:
+        return 0
+
+    def pieces(self) -> Iterator[Piece]:
+        stream = self._stream()
+        place = Path(f"{self._data.dataset}/{self._data.subset}/{self.name}")
+        for number, record in enumerate(stream, start=1):
+            text = record.get(self._data.text_field)
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{place}: record {number} has no text in field '{self._data.text_field}'; it has"
+                    f" {', '.join(record)}: set data.text_field to one of them"
+                )
+            yield from document_pieces(text, 0, place, number)
+            if number == self._max_documents:
+                return
+
+    def _files(self) -> list[Path]:
+        assert self._folder is not None
+        return sorted((self._folder / self._data.subset).glob(f"c4-{self.name}.*.json.gz"))
+
+    def _stream(self):
+        import datasets
+
+        if self._folder is not None:
+            files = [str(path) for path in self._files()]
+            if not files:
+                pattern = self._folder / self._data.subset / f"c4-{self.name}.*.json.gz"
+                raise DataError(f"data.dataset = {self._folder}: no file matches {pattern}; {_INSTEAD}")
+            stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+        else:
+            require_hub(f"data=c4 streams {self._data.dataset} from it", _INSTEAD)
+            stream = datasets.load_dataset(self._data.dataset, self._data.subset, split=self.name, streaming=True)
+        return stream.shuffle(seed=_SHUFFLE_SEED)
+
+
+def open_c4(data: C4DataConfig) -> Sources:
+    """C4's own train and validation splits."""
+    folder = _local_copy(data)
+    train = C4Corpus("train", data, folder, data.max_documents)
+    return Sources([train], None, {"validation": C4Corpus("validation", data, folder, 0)})
+
+
+def _local_copy(data: C4DataConfig) -> Path | None:
+    """The folder that data.dataset names, or the hub cache's snapshot of it if it holds both splits whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(data.dataset).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        snapshot = Path(snapshot_download(data.dataset, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    has_all = all(_has_all_files(snapshot / data.subset, split) for split in ("train", "validation"))
+    return snapshot if has_all else None
+
+
+def _has_all_files(folder: Path, split: str) -> bool:
+    """Whether the files c4-<split>.<place>-of-<count>.json.gz are all there."""
+    names = sorted(path.name for path in folder.glob(f"c4-{split}.*-of-*.json.gz"))
+    return bool(names) and len(names) == int(names[0].split("-of-")[1].split(".")[0])
+
+
+def require_hub(why: str, instead: str) -> None:
+    """Checks within seconds that the hub answers, before anything that would retry for minutes.
+
+    Raises:
+        DataError: it does not, or HF_HUB_OFFLINE is set.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        problem = "is not asked, because HF_HUB_OFFLINE is set"
+    else:
+        problem = _unreachable(endpoint)
+    if problem:
+        raise DataError(f"the Hugging Face hub ({endpoint}) {problem}: {why}. Instead, {instead}")
+
+
+def _unreachable(endpoint: str) -> str:
+    """Why the endpoint gives no answer, or nothing. In a thread: looking up a name has no time limit of its own."""
+    found = [f"did not answer within {_SECONDS_TO_ANSWER:g} s"]
+
+    def ask() -> None:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=_SECONDS_TO_ANSWER).close()
+            found[0] = ""
+        except urllib.error.HTTPError:
+            # An answer all the same, from the hub or from something in between that speaks HTTP.
+            found[0] = ""
+        except OSError as error:
+            found[0] = f"cannot be reached ({getattr(error, 'reason', error)})"
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_SECONDS_TO_ANSWER)
+    return found[0]

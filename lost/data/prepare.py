@@ -1,0 +1,248 @@
+"""Documents to token rows on disk, once: what `lost prepare` and every training run start with."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lost.config.schema import DataConfig
+from lost.data.cache import cache_folder, key_of, made_once
+from lost.data.files import Piece, hash_key
+from lost.data.report import PrepareReport, Progress, ProgressCallable, SetReport
+from lost.data.row_makers import RowWriter, batches, is_row_set
+from lost.data.rows import Mixture, TokenRows
+from lost.data.sources import Corpus, open_sources
+from lost.data.tokenizer import SAMPLE_BYTES, Encoder, bounded, check_vocabulary, load_tokenizer, train_tokenizer
+from lost.utils.errors import DataError
+
+# Raised when the files or the making of them change: older cached rows are then left alone and made anew.
+_FORMAT = 1
+_WHOLE = "all"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows to train and validate on.
+
+    Args:
+        train: the rows to train on.
+        validation: row sets by name.
+        tokenizer: a transformers tokenizer with EOS and padding.
+        fingerprint: hash of the rows and weights; a resumed run must have the same.
+        report: what was found and made.
+    """
+
+    train: Mixture
+    validation: dict[str, TokenRows]
+    tokenizer: Any
+    fingerprint: str
+    report: PrepareReport
+
+
+def prepare(
+    data: DataConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    tokenizer: Any = None,
+    progress: ProgressCallable | None = None,
+) -> Prepared:
+    """Rows and tokenizer of a data set, from the cache where they are there.
+
+    Several processes may call this at once: one works, the others wait. Memory is bounded whatever the size.
+
+    Args:
+        vocab_size: the model's; ids of the rows are below it.
+        seq_len: tokens of a row.
+        tokenizer: used instead of data.tokenizer=train.
+        progress: called after every batch of documents.
+    Raises:
+        DataError: names what cannot be read, or is too small, and the fix.
+    """
+    started = time.monotonic()
+    maker = _Maker(data, vocab_size, seq_len, progress or (lambda _: None))
+    if data.tokenizer != "train":
+        tokenizer = load_tokenizer(data.tokenizer)
+    elif tokenizer is None:
+        tokenizer = load_tokenizer(str(maker.trained_tokenizer()))
+    maker.encoder = Encoder(tokenizer, maker.report.tokenizer or _label_of(data, tokenizer))
+    train, validation = maker.row_sets()
+    maker.report.seconds = time.monotonic() - started
+    maker.report.tokenizer = maker.encoder.label
+    mixture = Mixture(train, maker.sources.weights)
+    return Prepared(mixture, validation, tokenizer, _fingerprint(mixture, validation), maker.report)
+
+
+def _label_of(data: DataConfig, tokenizer: Any) -> str:
+    return data.tokenizer if data.tokenizer != "train" else getattr(tokenizer, "name_or_path", "") or "given"
+
+
+def _fingerprint(train: Mixture, validation: dict[str, TokenRows]) -> str:
+    facts = [
+        [rows.meta["sha256"] for rows in train.sets],
+        train.weights,
+        {name: rows.meta["sha256"] for name, rows in validation.items()},
+        [train.seq_len, train.sets[0].isolate_documents],
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class _Maker:
+    """One preparation: the sources, their hashes, and what becomes of them."""
+
+    encoder: Encoder
+
+    def __init__(self, data: DataConfig, vocab_size: int, seq_len: int, progress: ProgressCallable):
+        self.data = data
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
+        self.progress = progress
+        self.cache = cache_folder(data.cache_dir)
+        self.report = PrepareReport()
+        self.sources = open_sources(data)
+        self.hashes = {id(corpus): corpus.content_hash() for corpus in self._corpora()}
+        # Fraction of the training corpora's documents held out; 0 where there are validation corpora.
+        self.held_out = 0.0 if self.sources.validation else data.validation_fraction
+
+    def _corpora(self) -> list[Corpus]:
+        return [*self.sources.train, *self.sources.validation.values()]
+
+    def trained_tokenizer(self) -> Path:
+        """Folder of the tokenizer trained on the training documents."""
+        key = key_of(
+            format=_FORMAT,
+            corpora=[self.hashes[id(corpus)] for corpus in self.sources.train],
+            held_out=self.held_out,
+            vocab_size=self.vocab_size,
+            sample=SAMPLE_BYTES,
+        )
+        folder = self.cache / "tokenizers" / key
+
+        def make(into: Path) -> None:
+            train_tokenizer(self._sample(), self.vocab_size, into)
+
+        if made_once(folder, lambda found: (found / "tokenizer.json").is_file(), make):
+            self.report.is_cached = False
+        self.report.tokenizer = str(folder)
+        return folder
+
+    def _sample(self) -> Iterator[str]:
+        """Training text for the tokenizer: all of it, or of a large corpus the documents with the lowest hash."""
+        size = sum(corpus.size() for corpus in self.sources.train)
+        share = min(1.0, SAMPLE_BYTES / size) if size else 1.0
+        for corpus in self.sources.train:
+            num_documents = num_bytes = 0
+
+            def seen(sample_bytes: int) -> None:
+                self.report.tokenizer_sample_bytes = sample_bytes
+
+            for piece in corpus.pieces():
+                num_documents += piece.is_last
+                num_bytes += piece.num_bytes
+                is_taken = not self._is_held_out(piece) and hash_key(piece.key.to_bytes(8, "big")) < share * 2.0**64
+                if is_taken:
+                    yield piece.text
+                self.progress(
+                    Progress("tokenizer", corpus.name, num_documents, 0, num_bytes, piece.position, corpus.size())
+                )
+
+    def _is_held_out(self, piece: Piece) -> bool:
+        return piece.key < self.held_out * 2.0**64
+
+    def row_sets(self) -> tuple[list[TokenRows], dict[str, TokenRows]]:
+        """The row sets to train on, and those to validate on by name."""
+        train, validation = [], {}
+        is_mixture = len(self.sources.train) > 1
+        for corpus in self.sources.train:
+            folder = self._row_folder(corpus, self.held_out)
+            name = f"train/{corpus.name}" if is_mixture else "train"
+            if self.held_out:
+                train.append(self._open(folder / "train", name))
+                set_name = corpus.name if is_mixture else "validation"
+                validation[set_name] = self._open(folder / "validation", set_name)
+            else:
+                train.append(self._open(folder / _WHOLE, name))
+        for name, corpus in self.sources.validation.items():
+            validation[name] = self._open(self._row_folder(corpus, 0.0) / _WHOLE, name)
+        return train, validation
+
+    def _open(self, folder: Path, name: str) -> TokenRows:
+        rows = TokenRows(folder, isolate_documents=self.data.isolate_documents)
+        self.report.sets[name] = SetReport.from_dict(rows.meta)
+        self.report.folders[name] = folder
+        check_vocabulary(rows.meta["max_token_id"], self.vocab_size, self.encoder.label)
+        return rows
+
+    def _row_folder(self, corpus: Corpus, held_out: float) -> Path:
+        """Folder of the corpus's row sets, made if it is not there."""
+        key = key_of(
+            format=_FORMAT,
+            corpus=self.hashes[id(corpus)],
+            tokenizer=self.encoder.fingerprint,
+            row_maker=self.data.row_maker,
+            seq_len=self.seq_len,
+            held_out=held_out,
+        )
+        folder = self.cache / "rows" / key
+        splits = ["train", "validation"] if held_out else [_WHOLE]
+
+        def is_whole(found: Path) -> bool:
+            return all(is_row_set(found / split) for split in splits)
+
+        if made_once(folder, is_whole, lambda into: self._write_rows(corpus, into, splits)):
+            self.report.is_cached = False
+        return folder
+
+    def _write_rows(self, corpus: Corpus, into: Path, splits: list[str]) -> None:
+        writers = []
+        for split in splits:
+            (into / split).mkdir()
+            writers.append(RowWriter(into / split, self.data.row_maker, self.seq_len, self.encoder, self.vocab_size))
+        try:
+            lowest_key = 1 << 64
+            for batch in batches(corpus.pieces()):
+                lowest_key = min(lowest_key, *(piece.key for piece in batch))
+                writers[0].add([piece for piece in batch if len(splits) == 1 or not self._is_held_out(piece)])
+                if len(splits) == 2:
+                    writers[1].add([piece for piece in batch if self._is_held_out(piece)])
+                self._show(corpus, writers, batch[-1].position)
+            for writer in writers:
+                writer.close()
+            self._check_sizes(corpus, [writer.report for writer in writers], lowest_key)
+        finally:
+            for writer in writers:
+                writer.abandon()
+
+    def _show(self, corpus: Corpus, writers: list[RowWriter], position: int) -> None:
+        reports = [writer.report for writer in writers]
+        documents, tokens, text_bytes = (
+            sum(getattr(report, count) for report in reports) for count in ("documents", "tokens", "text_bytes")
+        )
+        self.progress(Progress("rows", corpus.name, documents, tokens, text_bytes, position, corpus.size()))
+
+    def _check_sizes(self, corpus: Corpus, reports: list[SetReport], lowest_key: int) -> None:
+        """Refuses a corpus that gives no row to train or validate on."""
+        whole = reports[0]
+        documents = sum(report.documents for report in reports)
+        empty = sum(report.empty_documents for report in reports)
+        if documents == empty:
+            raise DataError(f"{corpus.name}: no text in {documents} documents ({empty} empty): give files with text")
+        if len(reports) == 2 and not reports[1].rows:
+            raise DataError(
+                f"{corpus.name}: validation_fraction = {self.held_out:g} of {documents} documents holds out none:"
+                f" name data.validation_files, or set data.validation_fraction above {lowest_key / 2**64:.3g}"
+            )
+        if not whole.rows:
+            raise DataError(
+                f"{corpus.name}: validation_fraction = {self.held_out:g} of {documents} documents leaves none to"
+                " train on: name data.validation_files, or lower data.validation_fraction"
+            )
+        is_validation = corpus in self.sources.validation.values()
+        if self.data.row_maker == "packed" and whole.tokens < self.seq_len and not is_validation:
+            raise DataError(
+                f"{corpus.name}: {whole.tokens} tokens in {whole.documents} documents do not fill one row of seq_len ="
+                f" {self.seq_len}: give more text or lower train.seq_len"
+            )

@@ -1,0 +1,152 @@
+"""Rows of tokens on disk, memory-mapped: what training and evaluation read.
+
+A row set is a folder: tokens.bin [num_rows, seq_len], lengths.bin [num_rows] (tokens that are not padding), starts.bin
+(place of every document's first token in the flat tokens) and meta.json. Shape letters: N rows read, T seq_len.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lost.data.order import MixtureOrder
+from lost.utils.errors import DataError
+
+Batch = dict[str, torch.Tensor]
+NO_LOSS = -100
+
+
+class TokenRows:
+    """The rows of one set.
+
+    Args:
+        folder: a row set's folder.
+        isolate_documents: also give position_ids and attention_mask, which restart at every document.
+    """
+
+    def __init__(self, folder: Path | str, *, isolate_documents: bool = False):
+        self.folder = Path(folder)
+        self.isolate_documents = isolate_documents
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.seq_len: int = self.meta["seq_len"]
+        self.num_tokens: int = self.meta["tokens"]
+        self._num_rows: int = self.meta["rows"]
+        self._maps: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getstate__(self) -> dict:
+        # A memory map would be pickled as its whole content; reader processes open their own.
+        return self.__dict__ | {"_maps": None}
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The rows at `indices`.
+
+        Returns:
+            input_ids int64 [N, T]; labels int64 [N, T], the same with -100 where no loss is taken: padding and, with
+            isolate_documents, every document's first token. The model shifts them. With isolate_documents also
+            position_ids int64 [N, T] and attention_mask bool [N, 1, T, T], true where a query sees a key.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of a set of {len(self)}")
+        tokens, lengths, starts = self._open()
+        input_ids = torch.from_numpy(tokens[wanted].astype(np.int64))
+        is_padding = torch.arange(self.seq_len) >= torch.from_numpy(lengths[wanted].astype(np.int64))[:, None]
+        labels = input_ids.masked_fill(is_padding, NO_LOSS)
+        batch = {"input_ids": input_ids, "labels": labels}
+        if self.isolate_documents:
+            is_first = torch.from_numpy(self._document_starts(wanted, starts)) | _first_of(is_padding)
+            batch["labels"] = labels.masked_fill(is_first, NO_LOSS)
+            batch |= isolated(is_first)
+        return batch
+
+    def _open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self._maps is None:
+            shape = (len(self), self.seq_len)
+            tokens = np.memmap(self.folder / "tokens.bin", mode="r", dtype=self.meta["dtype"], shape=shape)
+            lengths = np.memmap(self.folder / "lengths.bin", mode="r", dtype=np.int32, shape=(len(self),))
+            starts = np.memmap(self.folder / "starts.bin", mode="r", dtype=np.int64)
+            self._maps = (tokens, lengths, starts)
+        return self._maps
+
+    def _document_starts(self, wanted: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Whether each place holds a document's first token, bool [N, T]."""
+        flags = np.zeros((len(wanted), self.seq_len), dtype=bool)
+        for n, row in enumerate(wanted):
+            first, last = np.searchsorted(starts, [row * self.seq_len, (row + 1) * self.seq_len])
+            flags[n, starts[first:last] - row * self.seq_len] = True
+        return flags
+
+
+def _first_of(is_padding: torch.Tensor) -> torch.Tensor:
+    """Marks the first padding place of each row, so that padding is a document of its own: [N, T]."""
+    before = torch.zeros_like(is_padding)
+    before[:, 1:] = is_padding[:, :-1]
+    return is_padding & ~before
+
+
+def isolated(is_first: torch.Tensor) -> Batch:
+    """position_ids [N, T] and attention_mask bool [N, 1, T, T] that restart wherever `is_first` [N, T] is true.
+
+    A row that begins inside a document counts from 0 too: its beginning is in another row.
+    """
+    document = is_first.cumsum(dim=1)
+    places = torch.arange(is_first.shape[1]).expand(is_first.shape)
+    start = torch.where(is_first, places, 0).cummax(dim=1).values
+    is_same = document[:, :, None] == document[:, None, :]
+    is_past = places[:, :, None] >= places[:, None, :]
+    return {"position_ids": places - start, "attention_mask": (is_same & is_past)[:, None]}
+
+
+class Mixture:
+    """Several row sets read as one; the row ids of set k follow those of set k-1.
+
+    Args:
+        sets: row sets of one seq_len.
+        weights: share of each set in an epoch; None: by size.
+    """
+
+    def __init__(self, sets: list[TokenRows], weights: list[float] | None = None):
+        assert sets, "a mixture needs a set"
+        assert weights is None or len(weights) == len(sets), (weights, len(sets))
+        self.sets = sets
+        self.weights = weights
+        self.seq_len = sets[0].seq_len
+        self.num_tokens = sum(rows.num_tokens for rows in sets)
+        self._ends = np.cumsum([len(rows) for rows in sets])
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return int(self._ends[-1])
+
+    def order(self, seed: int) -> MixtureOrder:
+        """The endless order in which training reads the rows.
+
+        Raises:
+            DataError: a weight so small that its set would never be read.
+        """
+        order = MixtureOrder([len(rows) for rows in self.sets], self.weights, seed)
+        if 0 in order.quotas:
+            k = order.quotas.index(0)
+            raise DataError(
+                f"train_weights[{k}] gives entry {k} of train_files no row in an epoch of {len(self)} rows:"
+                " raise its weight or leave the entry out"
+            )
+        return order
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The rows at `indices`; see TokenRows.read."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        which = np.searchsorted(self._ends, wanted, side="right")
+        parts, places = [], []
+        for k in np.unique(which):
+            mine = np.flatnonzero(which == k)
+            first_id = self._ends[k] - len(self.sets[k])
+            parts.append(self.sets[k].read(wanted[mine] - first_id))
+            places.append(mine)
+        back = torch.from_numpy(np.argsort(np.concatenate(places)))
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}

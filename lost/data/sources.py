@@ -1,0 +1,178 @@
+"""What the data settings name: corpora of documents, each with the hash of its content."""
+
+import glob
+import hashlib
+import logging
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from lost.config.schema import C4DataConfig, DataConfig, StdlibDataConfig, TextFilesDataConfig
+from lost.data.files import Piece, hash_key, read_text, reader_of
+from lost.utils.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_NOT_TEXT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class Corpus(Protocol):
+    """Documents that become one row set (or two, where a part is held out)."""
+
+    name: str
+
+    def content_hash(self) -> str:
+        """Hash of all that decides the documents."""
+        ...
+
+    def size(self) -> int:
+        """Bytes to read, 0 where it is not known."""
+        ...
+
+    def pieces(self) -> Iterator[Piece]:
+        """All documents from the beginning, in an order that is always the same; position counts up to size()."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Corpora to train on with their weights, and to validate on; no validation corpus: hold out from training."""
+
+    train: list[Corpus]
+    weights: list[float] | None = None
+    validation: dict[str, Corpus] = field(default_factory=dict)
+
+
+class FileCorpus:
+    """Files, one after the other.
+
+    Args:
+        name: what messages and reports call it.
+        files: paths, each with its label; label and bytes make the content hash.
+        text_field: field of the records.
+        is_keyed_by_label: a document's place in the hash order comes from its file's label instead of its content,
+            and every file is one document whatever its ending.
+    """
+
+    def __init__(self, name: str, files: list[tuple[Path, str]], text_field: str, is_keyed_by_label: bool = False):
+        self.name = name
+        self.files = files
+        self._text_field = text_field
+        self._is_keyed_by_label = is_keyed_by_label
+        if not is_keyed_by_label:
+            for path, _ in files:
+                reader_of(path)
+
+    def content_hash(self) -> str:
+        digest = hashlib.sha256(f"{self._text_field} {self._is_keyed_by_label}".encode())
+        for path, label in self.files:
+            digest.update(f"\0{label}\0{_hash_of_file(path)}".encode())
+        return digest.hexdigest()
+
+    def size(self) -> int:
+        return sum(path.stat().st_size for path, _ in self.files)
+
+    def pieces(self) -> Iterator[Piece]:
+        before = 0
+        for path, label in self.files:
+            if self._is_keyed_by_label:
+                pieces = read_text(path, key=hash_key(label.encode()))
+            else:
+                pieces = reader_of(path)(path, self._text_field)
+            for piece in pieces:
+                piece.position += before
+                yield piece
+            before += path.stat().st_size
+
+
+def open_sources(data: DataConfig) -> Sources:
+    """The corpora that the settings name.
+
+    Raises:
+        DataError: a file that is missing or of an unknown kind, a hub that cannot be reached.
+    """
+    if isinstance(data, StdlibDataConfig):
+        return Sources([stdlib_corpus()])
+    if isinstance(data, TextFilesDataConfig):
+        return _text_files(data)
+    if isinstance(data, C4DataConfig):
+        from lost.data.hub import open_c4
+
+        return open_c4(data)
+    raise AssertionError(f"no source for {type(data).__name__}")
+
+
+def stdlib_corpus() -> FileCorpus:
+    """The .py files of the running interpreter's standard library, without tests, sorted by relative path."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in _NOT_TEXT_FOLDERS)
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = sorted((path.relative_to(root).as_posix(), path) for path in found if path.is_file())
+    if not files:
+        raise DataError(
+            f"data=stdlib: no .py files in {root}, this Python comes without its library's source:"
+            " use data=text_files data.train_files=[...]"
+        )
+    return FileCorpus("stdlib", [(path, label) for label, path in files], "", is_keyed_by_label=True)
+
+
+def _text_files(data: TextFilesDataConfig) -> Sources:
+    train_paths = [_expand(entry, "data.train_files") for entry in data.train_files]
+    if not train_paths:
+        raise DataError("data.train_files is empty: name at least one file, data.train_files=[path]")
+    if data.train_weights:
+        names = _unique_names([Path(entry).stem for entry in data.train_files])
+        train = [_corpus(name, paths, data) for name, paths in zip(names, train_paths, strict=True)]
+    else:
+        train = [_corpus("train", [path for paths in train_paths for path in paths], data)]
+    sets = data.validation_files
+    if isinstance(sets, list):
+        sets = {"validation": sets} if sets else {}
+    validation = {}
+    for name, entries in sets.items():
+        key = "data.validation_files" + (f".{name}" if isinstance(data.validation_files, dict) else "")
+        if not entries:
+            raise DataError(f"{key} is empty: name at least one file, or leave the set out")
+        paths = [path for entry in entries for path in _expand(entry, key)]
+        for path in {path.resolve() for path in paths} & {p.resolve() for ps in train_paths for p in ps}:
+            logger.warning("%s is in both data.train_files and %s: its validation loss says little", path, key)
+        validation[name] = _corpus(name, paths, data)
+    return Sources(train, list(data.train_weights) or None, validation)
+
+
+def _corpus(name: str, paths: list[Path], data: TextFilesDataConfig) -> FileCorpus:
+    return FileCorpus(name, [(path, path.name) for path in paths], data.text_field)
+
+
+def _expand(entry: str, key: str) -> list[Path]:
+    """The files of a path or glob pattern, sorted."""
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        raise DataError(f"{key}: {entry} is a folder: name its files, for instance {path / '*.jsonl'}")
+    if path.exists():
+        return [path]
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    if not found:
+        is_pattern = glob.has_magic(str(path))
+        what = "no file matches" if is_pattern else "no such file:"
+        raise DataError(f"{key}: {what} {entry} (looked from {Path.cwd()}): check the path")
+    return found
+
+
+def _unique_names(names: list[str]) -> list[str]:
+    """Names as they are where they differ, else with their place."""
+    plain = [name.replace("*", "_") for name in names]
+    return [name if plain.count(name) == 1 else f"{name}_{k}" for k, name in enumerate(plain)]
+
+
+def _hash_of_file(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error

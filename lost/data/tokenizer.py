@@ -1,0 +1,151 @@
+"""The tokenizer of a run: trained on its documents, from a folder, or from the hub."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lost.utils.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+_NUM_BYTES = 256
+# Text that the BPE trainer sees at most: its word counts stay below 400 MB, and more text no longer changes merges of
+# a vocabulary of this size much.
+SAMPLE_BYTES = 64 << 20
+
+
+class Encoder:
+    """Text to token ids, with nothing added: the row makers append EOS themselves.
+
+    Works on a copy of the tokenizer, so that truncation or padding set on it by others change nothing here, and text
+    that spells a special token ("<|endoftext|>") is encoded as plain text.
+
+    Args:
+        tokenizer: a transformers tokenizer with an EOS token.
+        label: what messages call it.
+    Raises:
+        DataError: no EOS token, or no fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, label: str):
+        from tokenizers import Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(f"tokenizer {label} has no fast version (tokenizer.json): use one that has, or train")
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"tokenizer {label} has no EOS token, which ends every document: set its eos_token")
+        self._tokenizer = Tokenizer.from_str(backend.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.label = label
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.max_id = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        facts = f"{self._tokenizer.to_str()} {self.eos_id} {self.pad_id}"
+        self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def check_vocabulary(max_id: int, vocab_size: int, label: str) -> None:
+    """Refuses ids that the model's embedding does not have; the tokenizer's own length does not matter.
+
+    Raises:
+        DataError: an id of vocab_size or above was seen.
+    """
+    if max_id >= vocab_size:
+        raise DataError(
+            f"tokenizer {label} gives token id {max_id}, but model.vocab_size = {vocab_size}: ids must be below it."
+            f" Set model.vocab_size to {max_id + 1} or more, or take another tokenizer"
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Trains a byte-level BPE and writes it to `folder` as a transformers tokenizer with EOS and padding.
+
+    Deterministic. A text too small for `vocab_size` tokens gives a smaller vocabulary.
+
+    Raises:
+        DataError: vocab_size below what bytes and special tokens need.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = [END_OF_TEXT, PADDING]
+    if vocab_size < _NUM_BYTES + len(specials):
+        raise DataError(
+            f"model.vocab_size = {vocab_size}: a trained tokenizer needs at least {_NUM_BYTES + len(specials)} tokens"
+            " (every byte, EOS and padding): raise it"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING, clean_up_tokenization_spaces=False
+    )
+    wrapped.save_pretrained(folder)
+
+
+def bounded(texts: Iterator[str], limit: int, seen: Callable[[int], None]) -> Iterator[str]:
+    """Texts until `limit` bytes have come; `seen` gets the bytes so far."""
+    num_bytes = 0
+    for text in texts:
+        yield text
+        num_bytes += len(text.encode())
+        seen(num_bytes)
+        if num_bytes >= limit:
+            return
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or a hub id; the local hub cache first, the network only when it answers.
+
+    Raises:
+        DataError: a folder without a tokenizer, an unknown id, an unreachable hub.
+    """
+    from transformers import AutoTokenizer
+
+    from lost.data.hub import require_hub
+
+    if Path(name).expanduser().exists():
+        try:
+            return AutoTokenizer.from_pretrained(str(Path(name).expanduser()), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"data.tokenizer = {name}: no tokenizer can be loaded from this folder ({_first_line(error)}):"
+                " it needs tokenizer.json and tokenizer_config.json"
+            ) from error
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        logger.info("tokenizer %s is not in the local cache, asking the hub", name)
+    require_hub(
+        f"data.tokenizer = {name}: no folder of this name, and not in the local hub cache",
+        "use data.tokenizer=train (trains one on the data) or data.tokenizer=<folder with tokenizer.json>",
+    )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data.tokenizer = {name}: neither a folder nor a tokenizer on the hub ({_first_line(error)}):"
+            " use train, a folder or a hub id"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
