@@ -94,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON and flushes it to the disk; floats are exact, keys become text."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
 
 
@@ -122,7 +122,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 def write_json_atomically(path: Path, value: Any) -> None:
     """Replaces a JSON file like `write_text_atomically`."""
-    write_text_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def replace(source: Path, target: Path) -> None:

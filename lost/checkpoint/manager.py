@@ -14,8 +14,9 @@ logger = get_logger(__name__)
 
 FACTS_NAME = "state.json"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-_TEMPORARY_PREFIX = ".tmp_"
-_SAVING_PREFIX = f"{_TEMPORARY_PREFIX}step_"
+# Being written, and on the way to be deleted; followed by the step.
+_SAVING_PREFIX = ".tmp_step_"
+_OLD_PREFIX = ".tmp_old_step_"
 _SET_ASIDE_PREFIX = "superseded_"
 
 
@@ -50,7 +51,7 @@ class CheckpointManager:
             CheckpointError: it could not be written; older checkpoints are untouched and nothing half-written counts.
         """
         target = self.folder / step_name(step)
-        temporary = self.folder / f"{_TEMPORARY_PREFIX}{target.name}"
+        temporary = self.folder / f"{_SAVING_PREFIX}{step:08d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove(temporary)
@@ -135,14 +136,12 @@ class CheckpointManager:
 
         A temporary folder that is complete (killed just before its rename) takes its place; all others are deleted.
         """
-        if not self.folder.is_dir():
-            return
-        for temporary in sorted(self.folder.glob(f"{_TEMPORARY_PREFIX}*")):
-            target = self.folder / temporary.name.removeprefix(_TEMPORARY_PREFIX)
-            if temporary.name.startswith(_SAVING_PREFIX) and not target.exists() and _is_undamaged(temporary):
-                replace(temporary, target)
-            else:
-                _remove(temporary)
+        for prefix in (_SAVING_PREFIX, _OLD_PREFIX):
+            for leftover in sorted(self.folder.glob(f"{prefix}*")):
+                target = self.folder / f"step_{leftover.name.removeprefix(prefix)}"
+                if _STEP_NAME.fullmatch(target.name) and not target.exists() and _is_undamaged(leftover):
+                    replace(leftover, target)
+                _remove(leftover)
 
     def set_aside_after(self, step: int) -> None:
         """Call after resuming at `step`: newer checkpoints (damaged, or of a future that is run again) are renamed to
@@ -170,10 +169,7 @@ class CheckpointManager:
     def _commit(self, temporary: Path, target: Path) -> None:
         """Gives a complete folder its name. One that has it already moves away first: a kill between the two renames
         leaves the complete temporary folder, which `clean` puts in place."""
-        old = self.folder / f"{_TEMPORARY_PREFIX}old_{target.name}"
-        _remove(old)
-        if target.exists():
-            replace(target, old)
+        old = self._move_away(target)
         replace(temporary, target)
         _remove(old)
 
@@ -185,11 +181,16 @@ class CheckpointManager:
                 continue
             kept += path == newest or _has_right_sizes(path)
             if kept > self.keep:
-                # Renamed first: a kill in the middle of the deletion must not leave a checkpoint with files missing.
-                doomed = self.folder / f"{_TEMPORARY_PREFIX}old_{path.name}"
-                _remove(doomed)
-                replace(path, doomed)
-                _remove(doomed)
+                # A kill in the middle of the deletion must not leave a checkpoint with files missing.
+                _remove(self._move_away(path))
+
+    def _move_away(self, path: Path) -> Path:
+        """Renames a checkpoint, if it is there, to a name that does not count; returns that name."""
+        old = self.folder / f"{_OLD_PREFIX}{path.name.removeprefix('step_')}"
+        _remove(old)
+        if path.exists():
+            replace(path, old)
+        return old
 
     def _verify(self, path: Path) -> Manifest:
         manifest = read_manifest(path)

@@ -72,7 +72,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged: its own sha256 should be {expected}, it is {_sum_of(content)}")
     try:
         files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-        manifest = Manifest(int(content["step"]), files, content["aliases"])
+        manifest = Manifest(
+            int(content["step"]), files, {name: dict(names) for name, names in content["aliases"].items()}
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     for name in manifest.files:

@@ -56,7 +56,7 @@ class MetricsLogger:
         assert isinstance(line.get("step"), int), line
         values = {key: _finite_or_none(value) for key, value in line.items()}
         # One write a line: a kill can tear the last line but never mix two.
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(values)
