@@ -1,0 +1,139 @@
+"""Loads the model and the tokenizer that `source=` names."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lost.assemble.locate import Place, locate
+from lost.checkpoint.io import read_json, read_tensors
+from lost.checkpoint.manifest import verify
+from lost.config.schema import PretrainConfig
+from lost.config.section import build
+from lost.model import LostLlamaConfig, LostLlamaForCausalLM
+from lost.model.build import llama_config
+from lost.utils.errors import CheckpointError, LostError
+from lost.utils.logging import get_logger
+from lost.utils.quiet import quiet_transformers
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to use.
+
+    Attributes:
+        model: in eval mode, on the device asked for.
+        tokenizer: the one it was trained with.
+        origin: folder or hub id that the weights were read from.
+        place: where that is and which run made it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    origin: str
+    place: Place
+
+
+def load_model(source: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
+    """The model that `source` names: a run directory (final/ if finished, else the newest complete checkpoint), a
+    checkpoint, an exported folder (LOST or any causal language model of transformers), or a hub id.
+
+    Args:
+        dtype: of the parameters; None: as they are stored.
+    Raises:
+        LostError: nothing there, not complete, damaged, or not a causal language model; says what to do.
+    """
+    place = locate(source)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(place)
+        model = load_checkpoint(place, dtype) if place.kind == "checkpoint" else load_export(place, dtype)
+    return Loaded(model.to(device).eval(), tokenizer, place.name, place)  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place.tokenizer_folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LostError(
+            f"source = {place.name}: its tokenizer in {place.tokenizer_folder} cannot be loaded: {first_line(error)}"
+        ) from error
+
+
+def load_checkpoint(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a checkpoint of ours, verified by its manifest; only the weights are read."""
+    manifest = verify(place.folder)
+    tensors = read_tensors(place.folder / "model.safetensors", manifest.aliases.get("model", {}))
+    run_config = config_of_checkpoint(place.folder)
+    config = llama_config(run_config.model, run_config.parameterization)
+    kind = LostLlamaForCausalLM if isinstance(config, LostLlamaConfig) else LlamaForCausalLM
+    stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    return from_pretrained(kind, place, None, config=config, state_dict=tensors, dtype=dtype or stored)
+
+
+def config_of_checkpoint(folder: Path) -> PretrainConfig:
+    """The config of the run, as the checkpoint keeps it."""
+    facts = read_json(folder / "state.json")
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise CheckpointError(f"{folder}/state.json holds no run config: it is not a checkpoint of `lost pretrain`")
+    return build(PretrainConfig, facts["config"])
+
+
+def load_export(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a Hugging Face folder."""
+    try:
+        config = AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LostError(
+            f"source = {place.name}: its config.json names no model that transformers or lost knows"
+            f" ({first_line(error)})"
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise LostError(
+            f"source = {place.name} is a {config.model_type} model, which is not a causal language model: give one"
+            " that predicts the next token, such as llama or lost_llama"
+        )
+    return from_pretrained(AutoModelForCausalLM, place, place.folder, config=config, dtype=dtype or "auto")
+
+
+def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any) -> PreTrainedModel:
+    """transformers' from_pretrained, with every tensor of the model accounted for.
+
+    Raises:
+        LostError: files that cannot be read, or tensors that are missing or of another shape.
+    """
+    try:
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise LostError(f"source = {place.name}: its weights cannot be loaded: {first_line(error)}") from error
+    if info["missing_keys"]:
+        raise LostError(
+            f"source = {place.name}: its weights lack {some_of(info['missing_keys'])}: the folder is not complete, or not"
+            " a causal language model"
+        )
+    if info["unexpected_keys"]:
+        log.warning("%s holds weights that its model does not use: %s", place.name, some_of(info["unexpected_keys"]))
+    return model
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def some_of(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names, and how many there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
