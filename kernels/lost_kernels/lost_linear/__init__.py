@@ -1,5 +1,28 @@
-"""The LOST linear map: `lost_linear` is what modules call."""
+"""The LOST linear map: `lost_linear` is what modules call; `reference.lost_linear` defines what it computes."""
 
-from lost_kernels.lost_linear.reference import ACTIVATIONS, lost_linear
+from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "lost_linear"]
+from lost_kernels.lost_linear.autograd_impl import lost_linear_autograd
+from lost_kernels.lost_linear.reference import ACTIVATIONS
+from lost_kernels.lost_linear.reference import lost_linear as reference_lost_linear
+
+__all__ = ["ACTIVATIONS", "lost_linear", "reference_lost_linear"]
+
+
+def lost_linear(
+    x: Tensor,
+    low_rank_down: Tensor,
+    low_rank_up: Tensor,
+    sparse_weight: Tensor | None,
+    sparse_index: Tensor | None,
+    gamma: float | Tensor | None,
+    activation: str,
+    bias: Tensor | None = None,
+    *,
+    selection_axis: str = "columns",
+) -> Tensor:
+    """`reference.lost_linear`, by the hand-written backward where there is one: selection_axis = columns."""
+    arguments = (x, low_rank_down, low_rank_up, sparse_weight, sparse_index, gamma, activation, bias)
+    if selection_axis == "columns":
+        return lost_linear_autograd(*arguments)
+    return reference_lost_linear(*arguments, selection_axis=selection_axis)
