@@ -1,7 +1,7 @@
 """Builds a pre-training run from its config and carries it out: config -> data -> model -> train -> final."""
 
+import math
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from lost.accounting import flops_per_token
+from lost.assemble.sample import sample_text
 from lost.assemble.source import Start, start_of
 from lost.assemble.summary import card_facts, print_start, print_summary
 from lost.checkpoint import (
@@ -27,7 +28,7 @@ from lost.checkpoint import (
 from lost.config.schema import PretrainConfig
 from lost.config.section import to_dict
 from lost.data import Prepared, prepare, train_batches
-from lost.evaluation import PerplexityResult, perplexity, safe_exp
+from lost.evaluation import PerplexityResult, perplexity
 from lost.export import save_final
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.optim import build_optimizer
@@ -39,7 +40,7 @@ from lost.train.trainer import Run, fit
 from lost.train.wrap import wrap_model
 from lost.utils.errors import CheckpointError, LostError, TrainingError
 from lost.utils.logging import get_logger, setup
-from lost.utils.plots import write_plots
+from lost.utils.plots import plot_run
 from lost.utils.versions import versions
 
 log = get_logger(__name__)
@@ -76,7 +77,7 @@ def carry_out(config: PretrainConfig, start: Start, runtime: Runtime, stack: Exi
     manager = CheckpointManager(run_dir / "checkpoints", keep=config.checkpoint.keep)
     checkpoint = find_checkpoint(config, manager, runtime)
     prepared = prepare_data(config, start, runtime)
-    model = start.make_model(runtime.param_dtype)
+    model = start.make_model(runtime.param_dtype, prepared.tokenizer)
     wrapped = wrap_model(model, config.runtime, runtime)
     optimizer = build_optimizer(model, config.optimizer, runtime.device)
     state = TrainState()
@@ -137,6 +138,9 @@ def train_and_report(run: Run, state: TrainState, prepared: Prepared, manager: C
     def save_final_model() -> None:
         if is_main:
             assert isinstance(model, PreTrainedModel)
+            first_set = next(iter(prepared.validation.values()))
+            text = sample_text(model, prepared.tokenizer, first_set, config.seed)
+            write_text_atomically(run_dir / "sample.txt", text)
             save_final(model, prepared.tokenizer, run_dir / "final", card_facts(config, run_dir, state, prepared))
 
     def record(status: str, reason: str = "") -> None:
@@ -153,7 +157,7 @@ def train_and_report(run: Run, state: TrainState, prepared: Prepared, manager: C
         raise
     run.metrics.close()
     if is_main:
-        write_plots(run_dir, f"{config.model.name}, {config.experiment}")
+        plot_run(run_dir, f"{config.model.name}, {config.experiment}")
     if not is_finished:
         record("preempted", run.stop.reason)
         log.info("Stopped at step %d: %s. The same command goes on from here.", state.step, run.stop.reason)
@@ -188,7 +192,7 @@ def evaluation_line(results: dict[str, PerplexityResult]) -> dict[str, float | i
             line |= evaluation_fields(result, f"eval/{name}/")
         num_tokens = sum(result.num_tokens for result in results.values())
         loss = sum(result.loss * result.num_tokens for result in results.values()) / num_tokens
-        return {"eval/loss": loss, "eval/perplexity": safe_exp(loss), "eval/tokens": num_tokens} | line
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": num_tokens} | line
     return evaluation_fields(next(iter(results.values())), "eval/")
 
 
@@ -278,7 +282,10 @@ def open_run_dir(
     """Writes what describes the run and removes from metrics.jsonl what is trained again."""
     write_text_atomically(run_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     write_json_atomically(run_dir / "versions.json", versions())
-    write_json_atomically(run_dir / "data.json", {"fingerprint": prepared.fingerprint, **asdict(prepared.report)})
+    write_json_atomically(
+        run_dir / "data.json",
+        {"fingerprint": prepared.fingerprint, "sets": {n: s.to_dict() for n, s in prepared.report.sets.items()}},
+    )
     prepared.tokenizer.save_pretrained(run_dir / "tokenizer")
     truncate_metrics(run_dir / "metrics.jsonl", state.step if is_resumed else -1)
     manager.set_aside_after(state.step)

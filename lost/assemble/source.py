@@ -21,12 +21,12 @@ class Start:
     Attributes:
         config: the run's config, its model and parameterization those of the source where there is one.
         tokenizer: the source's; None: the data section decides.
-        make_model: the weights of step 0, on the CPU, in the dtype asked for.
+        make_model: (dtype, tokenizer of the data) -> the weights of step 0, on the CPU.
     """
 
     config: PretrainConfig
     tokenizer: PreTrainedTokenizerBase | None
-    make_model: Callable[[torch.dtype], PreTrainedModel]
+    make_model: Callable[[torch.dtype, PreTrainedTokenizerBase], PreTrainedModel]
 
 
 def start_of(config: PretrainConfig) -> Start:
@@ -38,8 +38,9 @@ def start_of(config: PretrainConfig) -> Start:
     """
     if not config.source:
 
-        def fresh(dtype: torch.dtype) -> PreTrainedModel:
-            return build_model(config.model, config.parameterization, seed=config.seed, dtype=dtype)
+        def fresh(dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+            ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            return build_model(config.model, config.parameterization, seed=config.seed, dtype=dtype, tokenizer_ids=ids)
 
         return Start(config, None, fresh)
 
@@ -51,7 +52,7 @@ def start_of(config: PretrainConfig) -> Start:
             f" of {config.source}: choose a shorter row"
         )
     actual = dataclasses.replace(config, model=model, parameterization=parameterization)
-    return Start(actual, loaded.tokenizer, lambda dtype: loaded.model.to(dtype))
+    return Start(actual, loaded.tokenizer, lambda dtype, _: loaded.model.to(dtype))
 
 
 def sections_of(model: PreTrainedModel, origin: str) -> tuple[ModelConfig, ParameterizationConfig]:

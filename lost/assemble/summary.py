@@ -111,7 +111,7 @@ def card_facts(config: PretrainConfig, run_dir: Path, state: TrainState, prepare
         parameterization=to_dict(config.parameterization),
         num_parameters=count_parameters(config.model, config.parameterization),
         num_dense_parameters=count_parameters(config.model, DenseConfig()),
-        data=f"{data['name']} ({report.num_documents:,} documents), {data['row_maker']} rows",
+        data=f"{data['name']} ({report.documents:,} documents), {data['row_maker']} rows",
         steps=state.step,
         tokens_seen=state.tokens_seen,
         seq_len=config.train.seq_len,

@@ -131,6 +131,9 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
     if config.name == "single" and launched > 1:
         raise ConfigError(f"runtime = single, but {launched} processes were launched: use runtime=ddp or auto")
     device = pick_device(config.device)
+    if device.type == "cpu":
+        # accelerate looks at DeepSpeed while saving; told where it is, DeepSpeed does not warn about a missing GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Autocast is ours (accelerate's would copy all logits to float32), so accelerate is told "no".
     accelerator = Accelerator(
         mixed_precision="no",
