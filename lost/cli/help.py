@@ -3,7 +3,7 @@
 import os
 import sys
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lost.cli.commands import COMMANDS, POSITIONAL
 from lost.config.choices import ROOTS, choices, default_values, groups, read_yaml
-from lost.config.section import Section, choices_of, is_section, rule_of, type_words
+from lost.config.section import Section, choices_of, hints_of, is_section, rule_of, type_words
 
 # Columns of text that goes to a file or a pipe.
 PIPE_WIDTH = 120
@@ -47,11 +47,11 @@ def print_command(command: str) -> None:
         _print_groups(console, command)
     section, _ = ROOTS[command]
     values = default_values(command)
-    own = [item.name for item in fields(section) if not is_section(get_type_hints(section)[item.name])]
+    own = [item.name for item in fields(section) if not is_section(hints_of(section)[item.name])]
     if own:
         console.print("[bold]Settings[/] (key, type, default, meaning)", highlight=False)
         _print_keys(console, section, own, values, "")
-    for key, hint in get_type_hints(section).items():
+    for key, hint in hints_of(section).items():
         if is_section(hint):
             _print_section(console, command, key, hint, values.get(key, {}))
     console.print(
@@ -102,7 +102,7 @@ def _print_section(console: Console, command: str, key: str, hint: type[Section]
 
 
 def _print_keys(console: Console, section: type[Section], names: list[str], values: dict[str, Any], path: str) -> None:
-    hints = get_type_hints(section)
+    hints = hints_of(section)
     table = _table()
     table.add_column(no_wrap=True, min_width=24)
     table.add_column(max_width=26)

@@ -4,12 +4,12 @@ import importlib
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 
 from lost.config import schema
-from lost.config.section import Section, choices_of, is_section
+from lost.config.section import Section, choices_of, hints_of, is_section
 
 # The typed root of each command and the YAML file (without .yaml) that it starts from.
 ROOTS: dict[str, tuple[type[Section], str]] = {
@@ -51,7 +51,7 @@ def choices(command: str, group: str) -> list[str]:
     hint = hint_of(ROOTS[command][0], group)
     if is_section(hint) and not choices_of(hint):
         # A section without subclasses may still fix its `name`, as bench takes no other parameterization than lost.
-        allowed = get_args(get_type_hints(hint).get("name"))
+        allowed = get_args(hints_of(hint).get("name"))
         found = [name for name in found if not allowed or name in allowed]
     return sorted(found, key=_size)
 
@@ -65,7 +65,7 @@ def _size(name: str) -> tuple[str, float, str]:
 
 def hint_of(section: type[Section], key: str) -> Any:
     """The annotated type of a field of a section."""
-    return get_type_hints(section).get(key)
+    return hints_of(section).get(key)
 
 
 def default_values(command: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def known_keys(command: str) -> dict[str, Any]:
 
 def _collect(section: type[Section], path: str, found: dict[str, Any]) -> None:
     for variant in [section, *choices_of(section).values()]:
-        hints = get_type_hints(variant)
+        hints = hints_of(variant)
         for item in fields(variant):
             key = f"{path}{item.name}"
             found.setdefault(key, hints[item.name])

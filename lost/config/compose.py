@@ -1,8 +1,10 @@
 """Packaged YAML + choices + overrides -> one typed, checked config. The only file that knows Hydra and OmegaConf."""
 
+import copy
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -139,15 +141,11 @@ def _read_config_file(config_file: str) -> dict[str, Any]:
 
 def _composed(command: str, request: Request, from_file: dict[str, Any]) -> dict[str, Any]:
     """Nested plain values: packaged defaults, the config file, the overrides; every interpolation resolved."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     chosen = _choices_of_file(command, from_file) | request.chosen
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        tree = hydra_compose(ROOTS[command][1], [f"{group}={choice}" for group, choice in chosen.items()])
-    OmegaConf.set_struct(tree, False)
+    tree = copy.deepcopy(_packaged(ROOTS[command][1], tuple(chosen.items())))
     marks = Marks(known_keys(command))
     for key, value in from_file.items():
         # A choice on the command line replaces the whole section that the file holds.
@@ -160,6 +158,19 @@ def _composed(command: str, request: Request, from_file: dict[str, Any]) -> dict
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from error
     return marks.restored(_without_missing(plain))
+
+
+@cache
+def _packaged(root: str, chosen: tuple[tuple[str, str], ...]) -> Any:
+    """The packaged files of a root with these choices, composed by Hydra, interpolations unresolved."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        tree = hydra_compose(root, [f"{group}={choice}" for group, choice in chosen])
+    OmegaConf.set_struct(tree, False)
+    return tree
 
 
 def _lay_over(tree: Any, key: str, value: Any, is_whole: bool) -> None:

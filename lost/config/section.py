@@ -8,6 +8,7 @@ import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lost.utils.errors import ConfigError
@@ -62,7 +63,7 @@ class Section:
     """
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = hints_of(type(self))
         for item in fields(self):
             if hints[item.name] is float and type(getattr(self, item.name)) is int:
                 object.__setattr__(self, item.name, float(getattr(self, item.name)))
@@ -80,7 +81,7 @@ def choices_of(section: type[Section]) -> dict[str, type[Section]]:
     """Subclasses of a choice section by their `name`, a Literal of one word; empty for a plain section."""
     found: dict[str, type[Section]] = {}
     for subclass in section.__subclasses__():
-        words = get_args(get_type_hints(subclass).get("name"))
+        words = get_args(hints_of(subclass).get("name"))
         if len(words) == 1:
             found[words[0]] = subclass
     return found
@@ -88,6 +89,12 @@ def choices_of(section: type[Section]) -> dict[str, type[Section]]:
 
 def rule_of(item: Any) -> Rule:
     return item.metadata.get("rule", Rule(doc=""))
+
+
+@cache
+def hints_of(section: type[Section]) -> dict[str, Any]:
+    """The annotated type of every field; the annotations are read once a section."""
+    return get_type_hints(section)
 
 
 def is_section(hint: Any) -> bool:
@@ -108,7 +115,7 @@ def build(section: type[S], values: Mapping[str, Any]) -> S:
 
 def _construct(section: type[S], values: Mapping[str, Any]) -> S:
     chosen: Any = pick(section, values)
-    hints = get_type_hints(chosen)
+    hints = hints_of(chosen)
     arguments = {}
     for key, value in values.items():
         is_nested = is_section(hints[key]) and isinstance(value, Mapping)
@@ -129,7 +136,7 @@ def mapping_problems(section: type[Section], values: Mapping[str, Any], path: st
     if choices and (not isinstance(given, str) or given not in choices):
         return [f"{path}name = {given}: must be one of {', '.join(sorted(choices))}{nearest(str(given), choices)}"]
     chosen = pick(section, values)
-    hints = get_type_hints(chosen)
+    hints = hints_of(chosen)
     known = {item.name: item for item in fields(chosen)}
     problems = [
         f"unknown key {path}{key}{nearest(key, known)}{_of_another_choice(section, chosen, key)}"
@@ -160,7 +167,7 @@ def mapping_problems(section: type[Section], values: Mapping[str, Any], path: st
 
 def value_problems(section: type[Section], values: Mapping[str, Any], path: str = "") -> list[str]:
     """Wrong types and broken rules of the values given, sections left out."""
-    hints = get_type_hints(section)
+    hints = hints_of(section)
     problems = []
     for item in fields(section):
         if item.name not in values or is_section(hints[item.name]):
@@ -193,7 +200,7 @@ def _of_another_choice(section: type[Section], chosen: type[Section], key: str) 
 
 
 def _name_of(section: type[Section]) -> str:
-    return " or ".join(map(str, get_args(get_type_hints(section).get("name")))) or section.__name__
+    return " or ".join(map(str, get_args(hints_of(section).get("name")))) or section.__name__
 
 
 def matches(value: Any, hint: Any) -> bool:

@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from lost.config.schema import (
     BenchConfig,
@@ -27,7 +27,7 @@ from lost.config.schema import (
     TrainConfig,
     WsdScheduleConfig,
 )
-from lost.config.section import Section, build, is_section, mapping_problems, nearest, value_problems
+from lost.config.section import Section, build, hints_of, is_section, mapping_problems, nearest, value_problems
 from lost.utils.errors import ConfigError
 
 Rule = Callable[..., list[str]]
@@ -49,7 +49,7 @@ def all_problems(section: type[Section], values: dict[str, Any], more_rules: Seq
 def _right_parts(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
     """The top-level values that have no problem of their own, sections built."""
     parts = {}
-    for key, hint in get_type_hints(section).items():
+    for key, hint in hints_of(section).items():
         if key not in values:
             continue
         if not is_section(hint):

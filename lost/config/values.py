@@ -6,9 +6,9 @@ own check names it together with all other problems.
 
 import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
-from lost.config.section import Section, is_section, matches, pick
+from lost.config.section import Section, hints_of, is_section, matches, pick
 
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
 _TRUE_FALSE = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -117,7 +117,7 @@ def unquoted(text: str) -> str:
 
 def fitted(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
     """The nested values of a YAML file in the types that the keys ask for: text `1e-3` and whole floats as numbers."""
-    hints = get_type_hints(pick(section, values))
+    hints = hints_of(pick(section, values))
     return {key: _fitted(value, hints[key]) if key in hints else value for key, value in values.items()}
 
 
