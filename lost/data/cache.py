@@ -1,5 +1,6 @@
 """Folders made once, named by a hash of what went into them: safe with several processes and after a kill."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,9 @@ from pathlib import Path
 from lost.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+# No space, over quota, read-only, too large a file.
+_DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def cache_folder(setting: str) -> Path:
@@ -52,11 +56,13 @@ def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Pa
         making.mkdir()
         try:
             make(making)
-            for path in making.iterdir():
+            for path in making.rglob("*"):
                 _flush(path)
             making.rename(folder)
             _flush(folder.parent)
         except OSError as error:
+            if error.errno not in _DISK_PROBLEMS:
+                raise
             raise DataError(
                 f"cannot write prepared data to {folder.parent} ({error.strerror or error}):"
                 " free some space or set data.cache_dir to another folder"

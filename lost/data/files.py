@@ -107,15 +107,16 @@ def read_jsonl(path: Path, text_field: str) -> Iterator[Piece]:
 
 def read_jsonl_gz(path: Path, text_field: str) -> Iterator[Piece]:
     """As read_jsonl, compressed with gzip."""
-    number = 0
+    num_records = 0
     with _opened(path) as file:
         lines = gzip.GzipFile(fileobj=file, mode="rb")
         try:
-            for number, piece in enumerate(_json_records(path, lines, text_field, file.tell), start=1):
+            for piece in _json_records(path, lines, text_field, file.tell):
+                num_records += piece.is_last
                 yield piece
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(
-                f"{path}: the gzip data is cut off or damaged after record {number} ({error});"
+                f"{path}: the gzip data is cut off or damaged after record {num_records} ({error});"
                 " copy or compress the file again"
             ) from error
 

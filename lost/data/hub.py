@@ -5,12 +5,13 @@ import os
 import threading
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from lost.config.schema import C4DataConfig
 from lost.data.files import Piece, document_pieces
-from lost.data.sources import Sources
+from lost.data.sources import Corpus, Sources
 from lost.utils.errors import DataError
 
 _SECONDS_TO_ANSWER = 5.0
@@ -22,7 +23,7 @@ _INSTEAD = (
 )
 
 
-class C4Corpus:
+class C4Corpus(Corpus):
     """One split of C4, streamed with `datasets` and shuffled with seed 42.
 
     Args:
@@ -38,7 +39,7 @@ class C4Corpus:
         self._folder = folder
         self._max_documents = max_documents
 
-    def content_hash(self) -> str:
+    def _hash(self) -> str:
         """Hash of names and settings: the data set itself is too large to be read for a hash, and does not change."""
         facts = [self._data.subset, self.name, self._data.text_field, str(_SHUFFLE_SEED), str(self._max_documents)]
         if self._folder is None:
@@ -50,10 +51,12 @@ class C4Corpus:
     def size(self) -> int:
         return 0
 
+    def text_size(self) -> int:
+        return 0
+
     def pieces(self) -> Iterator[Piece]:
-        stream = self._stream()
         place = Path(f"{self._data.dataset}/{self._data.subset}/{self.name}")
-        for number, record in enumerate(stream, start=1):
+        for number, record in enumerate(self._records(), start=1):
             text = record.get(self._data.text_field)
             if not isinstance(text, str):
                 raise DataError(
@@ -63,6 +66,19 @@ class C4Corpus:
             yield from document_pieces(text, 0, place, number)
             if number == self._max_documents:
                 return
+
+    def _records(self) -> Iterator[dict]:
+        stream = self._stream()
+        number = 0
+        try:
+            for record in stream:
+                number += 1
+                yield record
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{self._data.dataset}: reading broke off after record {number} ({type(error).__name__}: {error}):"
+                " check the network or the local copy and start again"
+            ) from error
 
     def _files(self) -> list[Path]:
         assert self._folder is not None
@@ -87,7 +103,8 @@ def open_c4(data: C4DataConfig) -> Sources:
     """C4's own train and validation splits."""
     folder = _local_copy(data)
     train = C4Corpus("train", data, folder, data.max_documents)
-    return Sources([train], None, {"validation": C4Corpus("validation", data, folder, 0)})
+    validation: dict[str, Corpus] = {"validation": C4Corpus("validation", data, folder, 0)}
+    return Sources([train], None, validation, hub_advice="" if folder else f"; for the documents, {_INSTEAD}")
 
 
 def _local_copy(data: C4DataConfig) -> Path | None:

@@ -15,12 +15,11 @@ from lost.data.report import PrepareReport, Progress, ProgressCallable, SetRepor
 from lost.data.row_makers import RowWriter, batches, is_row_set
 from lost.data.rows import Mixture, TokenRows
 from lost.data.sources import Corpus, open_sources
-from lost.data.tokenizer import SAMPLE_BYTES, Encoder, bounded, check_vocabulary, load_tokenizer, train_tokenizer
+from lost.data.tokenizer import SAMPLE_BYTES, Encoder, check_vocabulary, load_tokenizer, train_tokenizer
 from lost.utils.errors import DataError
 
 # Raised when the files or the making of them change: older cached rows are then left alone and made anew.
 _FORMAT = 1
-_WHOLE = "all"
 
 
 @dataclass(frozen=True)
@@ -62,22 +61,34 @@ def prepare(
     Raises:
         DataError: names what cannot be read, or is too small, and the fix.
     """
-    started = time.monotonic()
-    maker = _Maker(data, vocab_size, seq_len, progress or (lambda _: None))
+    maker = _Maker(data, vocab_size, seq_len, progress)
+    if not maker.sources.train:
+        raise DataError("data.train_files is empty: name at least one file, data.train_files=[path]")
     if data.tokenizer != "train":
-        tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer = load_tokenizer(data.tokenizer, maker.sources.hub_advice)
     elif tokenizer is None:
         tokenizer = load_tokenizer(str(maker.trained_tokenizer()))
-    maker.encoder = Encoder(tokenizer, maker.report.tokenizer or _label_of(data, tokenizer))
-    train, validation = maker.row_sets()
-    maker.report.seconds = time.monotonic() - started
-    maker.report.tokenizer = maker.encoder.label
+    maker.use(tokenizer)
+    train, validation = maker.train_sets()
+    validation |= maker.validation_sets()
     mixture = Mixture(train, maker.sources.weights)
-    return Prepared(mixture, validation, tokenizer, _fingerprint(mixture, validation), maker.report)
+    return Prepared(mixture, validation, tokenizer, _fingerprint(mixture, validation), maker.finished_report())
 
 
-def _label_of(data: DataConfig, tokenizer: Any) -> str:
-    return data.tokenizer if data.tokenizer != "train" else getattr(tokenizer, "name_or_path", "") or "given"
+def prepare_validation(
+    data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer: Any, progress: ProgressCallable | None = None
+) -> tuple[dict[str, TokenRows], PrepareReport]:
+    """Only the validation rows, by set name, for a model that has its tokenizer.
+
+    Training documents are read only where the validation set is held out from them.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    maker = _Maker(data, vocab_size, seq_len, progress)
+    maker.use(tokenizer)
+    validation = maker.validation_sets() or maker.train_sets()[1]
+    return validation, maker.finished_report()
 
 
 def _fingerprint(train: Mixture, validation: dict[str, TokenRows]) -> str:
@@ -95,26 +106,34 @@ class _Maker:
 
     encoder: Encoder
 
-    def __init__(self, data: DataConfig, vocab_size: int, seq_len: int, progress: ProgressCallable):
+    def __init__(self, data: DataConfig, vocab_size: int, seq_len: int, progress: ProgressCallable | None):
+        self.started = time.monotonic()
         self.data = data
         self.vocab_size = vocab_size
         self.seq_len = seq_len
-        self.progress = progress
+        self.progress = progress or (lambda _: None)
         self.cache = cache_folder(data.cache_dir)
         self.report = PrepareReport()
         self.sources = open_sources(data)
-        self.hashes = {id(corpus): corpus.content_hash() for corpus in self._corpora()}
         # Fraction of the training corpora's documents held out; 0 where there are validation corpora.
         self.held_out = 0.0 if self.sources.validation else data.validation_fraction
 
-    def _corpora(self) -> list[Corpus]:
-        return [*self.sources.train, *self.sources.validation.values()]
+    def use(self, tokenizer: Any) -> None:
+        """Sets the tokenizer of the rows."""
+        if not self.report.tokenizer:
+            is_named = self.data.tokenizer != "train"
+            self.report.tokenizer = self.data.tokenizer if is_named else getattr(tokenizer, "name_or_path", "given")
+        self.encoder = Encoder(tokenizer, self.report.tokenizer)
+
+    def finished_report(self) -> PrepareReport:
+        self.report.seconds = time.monotonic() - self.started
+        return self.report
 
     def trained_tokenizer(self) -> Path:
         """Folder of the tokenizer trained on the training documents."""
         key = key_of(
             format=_FORMAT,
-            corpora=[self.hashes[id(corpus)] for corpus in self.sources.train],
+            corpora=[corpus.content_hash for corpus in self.sources.train],
             held_out=self.held_out,
             vocab_size=self.vocab_size,
             sample=SAMPLE_BYTES,
@@ -130,44 +149,46 @@ class _Maker:
         return folder
 
     def _sample(self) -> Iterator[str]:
-        """Training text for the tokenizer: all of it, or of a large corpus the documents with the lowest hash."""
-        size = sum(corpus.size() for corpus in self.sources.train)
-        share = min(1.0, SAMPLE_BYTES / size) if size else 1.0
+        """Training text for the tokenizer: all of it, or of a large corpus the documents that a hash picks."""
+        size = sum(corpus.text_size() for corpus in self.sources.train)
+        # Sizes of compressed files are guesses, so the text is counted as well.
+        share, left_bytes = min(1.0, SAMPLE_BYTES / max(1, size)), 2 * SAMPLE_BYTES
         for corpus in self.sources.train:
             num_documents = num_bytes = 0
-
-            def seen(sample_bytes: int) -> None:
-                self.report.tokenizer_sample_bytes = sample_bytes
-
             for piece in corpus.pieces():
                 num_documents += piece.is_last
                 num_bytes += piece.num_bytes
-                is_taken = not self._is_held_out(piece) and hash_key(piece.key.to_bytes(8, "big")) < share * 2.0**64
-                if is_taken:
-                    yield piece.text
                 self.progress(
                     Progress("tokenizer", corpus.name, num_documents, 0, num_bytes, piece.position, corpus.size())
                 )
+                # Hashed again: the key itself is below the held-out fraction or not.
+                if self._is_held_out(piece) or hash_key(piece.key.to_bytes(8, "big")) >= share * 2.0**64:
+                    continue
+                yield piece.text
+                self.report.tokenizer_sample_bytes += piece.num_bytes
+                left_bytes -= piece.num_bytes
+                if left_bytes <= 0:
+                    return
 
     def _is_held_out(self, piece: Piece) -> bool:
         return piece.key < self.held_out * 2.0**64
 
-    def row_sets(self) -> tuple[list[TokenRows], dict[str, TokenRows]]:
-        """The row sets to train on, and those to validate on by name."""
-        train, validation = [], {}
+    def train_sets(self) -> tuple[list[TokenRows], dict[str, TokenRows]]:
+        """The row sets to train on, and by name those held out from them."""
+        train, held_out = [], {}
         is_mixture = len(self.sources.train) > 1
         for corpus in self.sources.train:
             folder = self._row_folder(corpus, self.held_out)
-            name = f"train/{corpus.name}" if is_mixture else "train"
+            train.append(self._open(folder / "train", f"train/{corpus.name}" if is_mixture else "train"))
             if self.held_out:
-                train.append(self._open(folder / "train", name))
-                set_name = corpus.name if is_mixture else "validation"
-                validation[set_name] = self._open(folder / "validation", set_name)
-            else:
-                train.append(self._open(folder / _WHOLE, name))
-        for name, corpus in self.sources.validation.items():
-            validation[name] = self._open(self._row_folder(corpus, 0.0) / _WHOLE, name)
-        return train, validation
+                name = corpus.name if is_mixture else "validation"
+                held_out[name] = self._open(folder / "validation", name)
+        return train, held_out
+
+    def validation_sets(self) -> dict[str, TokenRows]:
+        """The row sets of the validation corpora, by name."""
+        corpora = self.sources.validation.items()
+        return {name: self._open(self._row_folder(corpus, 0.0) / "train", name) for name, corpus in corpora}
 
     def _open(self, folder: Path, name: str) -> TokenRows:
         rows = TokenRows(folder, isolate_documents=self.data.isolate_documents)
@@ -180,14 +201,14 @@ class _Maker:
         """Folder of the corpus's row sets, made if it is not there."""
         key = key_of(
             format=_FORMAT,
-            corpus=self.hashes[id(corpus)],
+            corpus=corpus.content_hash,
             tokenizer=self.encoder.fingerprint,
             row_maker=self.data.row_maker,
             seq_len=self.seq_len,
             held_out=held_out,
         )
         folder = self.cache / "rows" / key
-        splits = ["train", "validation"] if held_out else [_WHOLE]
+        splits = ["train", "validation"] if held_out else ["train"]
 
         def is_whole(found: Path) -> bool:
             return all(is_row_set(found / split) for split in splits)

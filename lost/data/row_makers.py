@@ -67,12 +67,12 @@ class RowWriter:
         if piece.num_invalid:
             self._is_invalid = True
             self.report.add_invalid_file(piece.file)
-        self._has_text = self._has_text or not piece.text.isspace() and bool(piece.text)
+        self._has_text = self._has_text or bool(piece.text and not piece.text.isspace())
         self._num_document_tokens += len(ids)
         if self._is_packed:
             self._document_tokens += ids
             # A document of many pieces goes to the disk as it comes.
-            if not piece.is_last and self._has_text:
+            if not piece.is_last and self._has_text and self._document_tokens:
                 self._write_document_part()
         elif len(self._document_tokens) < self._seq_len:
             self._document_tokens += ids[: self._seq_len]
@@ -83,7 +83,8 @@ class RowWriter:
         report = self.report
         report.documents += 1
         report.invalid_documents += self._is_invalid
-        if not self._has_text:
+        # A tokenizer may drop all characters of a text, for instance control characters.
+        if not self._has_text or not self._num_document_tokens:
             report.empty_documents += 1
         elif self._is_packed:
             self._document_tokens.append(self._encoder.eos_id)

@@ -141,6 +141,8 @@ class Mixture:
     def read(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The rows at `indices`; see TokenRows.read."""
         wanted = np.asarray(indices, dtype=np.int64)
+        if len(self.sets) == 1 or not wanted.size:
+            return self.sets[0].read(wanted)
         which = np.searchsorted(self._ends, wanted, side="right")
         parts, places = [], []
         for k in np.unique(which):

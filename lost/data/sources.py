@@ -5,10 +5,11 @@ import hashlib
 import logging
 import os
 import sysconfig
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from lost.config.schema import C4DataConfig, DataConfig, StdlibDataConfig, TextFilesDataConfig
 from lost.data.files import Piece, hash_key, read_text, reader_of
@@ -18,35 +19,54 @@ logger = logging.getLogger(__name__)
 
 _NOT_TEXT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
+# Bytes of text in a byte of a compressed file, roughly.
+_EXPANSION = {".gz": 3, ".parquet": 2}
 
-class Corpus(Protocol):
-    """Documents that become one row set (or two, where a part is held out)."""
+
+class Corpus(ABC):
+    """Documents that become one row set (or two, where a part is held out). `name` is what reports call it."""
 
     name: str
 
+    @cached_property
     def content_hash(self) -> str:
         """Hash of all that decides the documents."""
-        ...
+        return self._hash()
 
+    @abstractmethod
+    def _hash(self) -> str: ...
+
+    @abstractmethod
     def size(self) -> int:
         """Bytes to read, 0 where it is not known."""
-        ...
 
+    @abstractmethod
+    def text_size(self) -> int:
+        """Bytes of text, roughly, 0 where it is not known."""
+
+    @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """All documents from the beginning, in an order that is always the same; position counts up to size()."""
-        ...
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Corpora to train on with their weights, and to validate on; no validation corpus: hold out from training."""
+    """Corpora to train on with their weights, and to validate on; no validation corpus: hold out from training.
+
+    Args:
+        train: corpora to train on; may be empty where only validation is wanted.
+        weights: share of each training corpus in an epoch; None: by size.
+        validation: corpora by set name.
+        hub_advice: what to use instead where the documents come from a hub that is out of reach.
+    """
 
     train: list[Corpus]
     weights: list[float] | None = None
     validation: dict[str, Corpus] = field(default_factory=dict)
+    hub_advice: str = ""
 
 
-class FileCorpus:
+class FileCorpus(Corpus):
     """Files, one after the other.
 
     Args:
@@ -66,7 +86,7 @@ class FileCorpus:
             for path, _ in files:
                 reader_of(path)
 
-    def content_hash(self) -> str:
+    def _hash(self) -> str:
         digest = hashlib.sha256(f"{self._text_field} {self._is_keyed_by_label}".encode())
         for path, label in self.files:
             digest.update(f"\0{label}\0{_hash_of_file(path)}".encode())
@@ -74,6 +94,9 @@ class FileCorpus:
 
     def size(self) -> int:
         return sum(path.stat().st_size for path, _ in self.files)
+
+    def text_size(self) -> int:
+        return sum(path.stat().st_size * _EXPANSION.get(path.suffix.lower(), 1) for path, _ in self.files)
 
     def pieces(self) -> Iterator[Piece]:
         before = 0
@@ -123,13 +146,12 @@ def stdlib_corpus() -> FileCorpus:
 
 def _text_files(data: TextFilesDataConfig) -> Sources:
     train_paths = [_expand(entry, "data.train_files") for entry in data.train_files]
-    if not train_paths:
-        raise DataError("data.train_files is empty: name at least one file, data.train_files=[path]")
+    train: list[Corpus] = []
     if data.train_weights:
         names = _unique_names([Path(entry).stem for entry in data.train_files])
-        train = [_corpus(name, paths, data) for name, paths in zip(names, train_paths, strict=True)]
-    else:
-        train = [_corpus("train", [path for paths in train_paths for path in paths], data)]
+        train += [_corpus(name, paths, data) for name, paths in zip(names, train_paths, strict=True)]
+    elif train_paths:
+        train += [_corpus("train", [path for paths in train_paths for path in paths], data)]
     sets = data.validation_files
     if isinstance(sets, list):
         sets = {"validation": sets} if sets else {}

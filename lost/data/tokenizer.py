@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +101,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     wrapped.save_pretrained(folder)
 
 
-def bounded(texts: Iterator[str], limit: int, seen: Callable[[int], None]) -> Iterator[str]:
-    """Texts until `limit` bytes have come; `seen` gets the bytes so far."""
-    num_bytes = 0
-    for text in texts:
-        yield text
-        num_bytes += len(text.encode())
-        seen(num_bytes)
-        if num_bytes >= limit:
-            return
-
-
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, instead: str = "") -> Any:
     """The tokenizer of a folder or a hub id; the local hub cache first, the network only when it answers.
 
+    Args:
+        name: folder or hub id.
+        instead: what else the user can do where the hub is out of reach.
     Raises:
         DataError: a folder without a tokenizer, an unknown id, an unreachable hub.
     """
@@ -136,7 +128,7 @@ def load_tokenizer(name: str) -> Any:
         logger.info("tokenizer %s is not in the local cache, asking the hub", name)
     require_hub(
         f"data.tokenizer = {name}: no folder of this name, and not in the local hub cache",
-        "use data.tokenizer=train (trains one on the data) or data.tokenizer=<folder with tokenizer.json>",
+        "use data.tokenizer=train (trains one on the data) or data.tokenizer=<folder with tokenizer.json>" + instead,
     )
     try:
         return AutoTokenizer.from_pretrained(name)
