@@ -179,8 +179,8 @@ def _any_matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
     return any(matches_any(name, patterns) for name in names)
 
 
-def _output_head(module: nn.Module) -> nn.Module | None:
-    """The output embedding of a transformers model, which stays dense."""
+def _output_head(module: nn.Module) -> object:
+    """The output embedding of a transformers model, which stays dense; None for any other module."""
     get_head = getattr(module, "get_output_embeddings", None)
     return get_head() if callable(get_head) else None
 

@@ -151,7 +151,9 @@ class LostLinear(nn.Module):
             up_scale, sparse_scale = self.initial_gamma, 1 - self.initial_gamma
         self.low_rank_down.copy_(factors.low_rank_down)
         self.low_rank_up.copy_(factors.low_rank_up * up_scale)
-        if self.sparse_weight is not None and self.sparse_index is not None:
+        if factors.sparse_weight is not None and factors.sparse_index is not None:
+            assert self.sparse_weight is not None
+            assert self.sparse_index is not None
             self.sparse_weight.copy_(factors.sparse_weight * sparse_scale)
             self.sparse_index.copy_(factors.sparse_index)
         if isinstance(self.gamma, nn.Parameter):

@@ -65,26 +65,26 @@ class LostLinearFunction(torch.autograd.Function):
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, h, low_rank_down, low_rank_up, sparse_weight, sparse_index, gamma, bias = ctx.saved_tensors
         gamma = ctx.gamma if gamma is None else gamma
-        needs = dict(zip(("x", "down", "up", "sparse", "index", "gamma", "activation", "bias"), ctx.needs_input_grad))
+        needs_x, needs_down, needs_up, needs_sparse, _, needs_gamma, _, needs_bias = ctx.needs_input_grad
         rank = h.shape[1]
         width = rank if sparse_index is None else rank + len(sparse_index)
         d_down = d_up = d_sparse = d_gamma = d_bias = d_x = None
-        if needs["up"] or needs["sparse"]:
+        if needs_up or needs_sparse:
             d_weight = dy.T @ _joined_activations(x, h, sparse_index, gamma, ctx.activation)
             d_up = d_weight[:, :rank].to(low_rank_up.dtype)
             if sparse_weight is not None:
                 d_sparse = d_weight[:, rank:width].to(sparse_weight.dtype)
-        if needs["bias"]:
+        if needs_bias:
             d_bias = dy.sum(0).to(bias.dtype)
-        if needs["x"] or needs["down"] or needs["gamma"]:
+        if needs_x or needs_down or needs_gamma:
             dz = dy @ _joined_weights(low_rank_up, sparse_weight, dy.dtype)
             dz_low, dz_sparse = dz[:, :rank], dz[:, rank:width]
             dh = _activation_backward(dz_low, h, gamma, ctx.activation)
-            if needs["down"]:
+            if needs_down:
                 d_down = (dh.T @ x).to(low_rank_down.dtype)
-            if needs["gamma"]:
+            if needs_gamma:
                 d_gamma = _gamma_backward(dz_low, dz_sparse, x, h, sparse_index, gamma, ctx.activation)
-            if needs["x"]:
+            if needs_x:
                 d_x = dh @ low_rank_down.to(dh.dtype)
                 if sparse_index is not None:
                     kept = d_x.index_select(1, sparse_index) + _times(dz_sparse, _sparse_scale(gamma))
