@@ -40,7 +40,6 @@ from lost.train.trainer import Run, fit
 from lost.train.wrap import wrap_model
 from lost.utils.errors import CheckpointError, LostError, TrainingError
 from lost.utils.logging import get_logger, setup
-from lost.utils.plots import plot_run
 from lost.utils.versions import versions
 
 log = get_logger(__name__)
@@ -157,6 +156,9 @@ def train_and_report(run: Run, state: TrainState, prepared: Prepared, manager: C
         raise
     run.metrics.close()
     if is_main:
+        # matplotlib takes seconds to import, and only the end of a run needs it.
+        from lost.utils.plots import plot_run
+
         plot_run(run_dir, f"{config.model.name}, {config.experiment}")
     if not is_finished:
         record("preempted", run.stop.reason)

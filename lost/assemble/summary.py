@@ -14,7 +14,7 @@ from lost.data import Prepared
 from lost.export import CardFacts
 from lost.train.runtime import Runtime
 from lost.train.state import TrainState
-from lost.utils.plots import read_metrics
+from lost.utils.metrics_file import read_metrics
 from lost.utils.versions import versions
 
 

@@ -1,7 +1,6 @@
 """Pictures of a run, drawn from its metrics.jsonl: loss, learning rate, throughput."""
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from lost.utils.metrics_file import read_metrics
 
 _BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#64748b"
 _SIZE_INCHES = (7.2, 4.2)
@@ -59,19 +60,6 @@ def plot_run(run_dir: str | Path, title: str = "") -> list[Path]:
             _save(figure, path)
             written.append(path)
     return written
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a torn line of a run that is still going on is left out."""
-    lines = []
-    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
 
 
 def series(lines: Iterable[dict[str, Any]], key: str) -> Series:
