@@ -72,7 +72,7 @@ class CheckpointManager:
             CheckpointError: names the file that is missing, damaged or not allowed, and what to do.
         """
         path = Path(path)
-        manifest = self._verify(path)
+        manifest = self._verify_or_advise(path)
         tensors = {
             name.removesuffix(".safetensors"): read_tensors(
                 path / name, manifest.aliases.get(name.removesuffix(".safetensors"), {})
@@ -88,7 +88,7 @@ class CheckpointManager:
             try:
                 self._verify(path)
             except CheckpointError as error:
-                logger.warning("%s Skipping this checkpoint, trying the one before it.", error)
+                logger.warning("%s. Skipping this checkpoint, trying the one before it", error)
                 continue
             return path
         return None
@@ -116,7 +116,7 @@ class CheckpointManager:
         if resume not in ("auto", "must"):
             path = Path(resume)
             self._check_is_checkpoint(path)
-            self._verify(path)
+            self._verify_or_advise(path)
             return path
         path = self.latest()
         if path is None and self.complete():
@@ -199,6 +199,14 @@ class CheckpointManager:
             manifest = verify(path)
             self._verified[path] = _look_of(path, manifest) or ()
         return manifest
+
+    def _verify_or_advise(self, path: Path) -> Manifest:
+        try:
+            return self._verify(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. Use another checkpoint; checkpoint.resume=auto takes the newest undamaged one of run_dir"
+            ) from error
 
     def _check_unused(self) -> None:
         metrics = self.folder.parent / "metrics.jsonl"
