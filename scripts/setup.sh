@@ -33,7 +33,7 @@ find_python() {
       fail "PYTHON=$PYTHON does not run, is older than 3.11 or lacks the venv module: name another one"
     fi
   done
-  fail "no Python 3.11 or newer with the venv module was found (python3 is $(python3 --version 2>&1 || true)):" \
+  fail "no Python 3.11 or newer with the venv module was found (python3 is $(python3 --version 2>/dev/null || echo missing)):" \
     "install one, or name it: PYTHON=/path/to/python3.11 bash scripts/quickstart.sh"
 }
 

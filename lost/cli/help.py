@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,7 +21,24 @@ PIPE_WIDTH = 120
 
 def print_overview() -> None:
     """The commands, one line each, and how to go on."""
-    console = _console()
+    _print_as_text(_write_overview)
+
+
+def print_command(command: str) -> None:
+    """The groups of a command with their choices, then every setting."""
+    _print_as_text(lambda console: _write_command(console, command))
+
+
+def _print_as_text(write: Callable[[Console], None]) -> None:
+    """Prints what `write` renders, styled on a terminal, without the blanks that fill up table cells."""
+    is_wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if is_wide else PIPE_WIDTH)
+    with console.capture() as capture:
+        write(console)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
+
+
+def _write_overview(console: Console) -> None:
     console.print("[bold]lost[/] <command> \\[group=choice] \\[key=value] \\[--config-file FILE]\n", highlight=False)
     table = _table()
     for name, line in COMMANDS.items():
@@ -35,9 +53,7 @@ def print_overview() -> None:
         console.print(escape(line), highlight=False)
 
 
-def print_command(command: str) -> None:
-    """The groups of a command with their choices, then every setting."""
-    console = _console()
+def _write_command(console: Console, command: str) -> None:
     word = f" \\[{POSITIONAL[command]}]" if command in POSITIONAL else ""
     console.print(
         f"[bold]lost {command}[/]{word} \\[group=choice] \\[key=value] \\[--config-file FILE]", highlight=False
@@ -59,11 +75,6 @@ def print_command(command: str) -> None:
         "Text may hold any character; ${key} in it stands for another setting. Lists: \\[a,b]; maps: {name: value}.",
         highlight=False,
     )
-
-
-def _console() -> Console:
-    is_wide = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if is_wide else PIPE_WIDTH, soft_wrap=False)
 
 
 def _table() -> Table:

@@ -7,6 +7,7 @@ A command raises TrainingError for what goes wrong after its work began, any oth
 import importlib
 import os
 import sys
+from types import ModuleType
 
 from lost.cli.commands import COMMANDS, POSITIONAL
 from lost.config.section import nearest
@@ -56,7 +57,12 @@ def _dispatch(arguments: list[str]) -> int:
     from lost.config.compose import compose
 
     config = compose(command, overrides, config_file, [layer_problems])
-    return importlib.import_module(f"lost.cli.{command}").run(config)
+    return module_of(command).run(config)
+
+
+def module_of(command: str) -> ModuleType:
+    """The module whose `run(config)` carries out a command; imported only now, because it loads torch."""
+    return importlib.import_module(f"lost.cli.{command}")
 
 
 def _parse_arguments(command: str, arguments: list[str]) -> tuple[list[str], str | None]:
