@@ -59,7 +59,7 @@ def load_model(source: str, device: torch.device | str = "cpu", dtype: torch.dty
     place = locate(source)
     with quiet_transformers():
         tokenizer = load_tokenizer(place)
-        model = load_checkpoint(place, dtype) if place.kind == "checkpoint" else load_export(place, dtype)
+        model = load_checkpoint(place, tokenizer, dtype) if place.kind == "checkpoint" else load_export(place, dtype)
     return Loaded(model.to(device).eval(), tokenizer, place.name, place)  # pyright: ignore[reportArgumentType]
 
 
@@ -72,12 +72,13 @@ def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def load_checkpoint(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_checkpoint(place: Place, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a checkpoint of ours, verified by its manifest; only the weights are read."""
     manifest = verify(place.folder)
     tensors = read_tensors(place.folder / "model.safetensors", manifest.aliases.get("model", {}))
     run_config = config_of_checkpoint(place.folder)
-    config = llama_config(run_config.model, run_config.parameterization)
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = llama_config(run_config.model, run_config.parameterization, ids)
     kind = LostLlamaForCausalLM if isinstance(config, LostLlamaConfig) else LlamaForCausalLM
     stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     return from_pretrained(kind, place, None, config=config, state_dict=tensors, dtype=dtype or stored)
@@ -120,8 +121,8 @@ def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any
         raise LostError(f"source = {place.name}: its weights cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         raise LostError(
-            f"source = {place.name}: its weights lack {some_of(info['missing_keys'])}: the folder is not complete, or not"
-            " a causal language model"
+            f"source = {place.name}: its weights lack {some_of(info['missing_keys'])}: the folder is not complete, or"
+            " not a causal language model"
         )
     if info["unexpected_keys"]:
         log.warning("%s holds weights that its model does not use: %s", place.name, some_of(info["unexpected_keys"]))

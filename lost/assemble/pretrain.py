@@ -11,9 +11,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from lost.accounting import flops_per_token
+from lost.assemble.facts import card_facts
 from lost.assemble.sample import sample_text
 from lost.assemble.source import Start, start_of
-from lost.assemble.summary import card_facts, print_start, print_summary
+from lost.assemble.summary import print_start, print_summary
 from lost.checkpoint import (
     CheckpointManager,
     RunLock,
@@ -140,7 +141,9 @@ def train_and_report(run: Run, state: TrainState, prepared: Prepared, manager: C
             first_set = next(iter(prepared.validation.values()))
             text = sample_text(model, prepared.tokenizer, first_set, config.seed)
             write_text_atomically(run_dir / "sample.txt", text)
-            save_final(model, prepared.tokenizer, run_dir / "final", card_facts(config, run_dir, state, prepared))
+            save_final(
+                model, prepared.tokenizer, run_dir / "final", card_facts(config, run_dir, state.step, state.tokens_seen)
+            )
 
     def record(status: str, reason: str = "") -> None:
         if is_main:

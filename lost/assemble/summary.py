@@ -11,11 +11,9 @@ from lost.accounting import count_parameters
 from lost.config.schema import DenseConfig, PretrainConfig
 from lost.config.section import to_dict
 from lost.data import Prepared
-from lost.export import CardFacts
 from lost.train.runtime import Runtime
 from lost.train.state import TrainState
 from lost.utils.metrics_file import read_metrics
-from lost.utils.versions import versions
 
 
 def training_and_evaluation(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -97,44 +95,3 @@ def key_value_table(title: str) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def card_facts(config: PretrainConfig, run_dir: Path, state: TrainState, prepared: Prepared) -> CardFacts:
-    """The facts of final/README.md."""
-    _, evaluations = training_and_evaluation(run_dir)
-    last = evaluations[-1]
-    optimizer, schedule = to_dict(config.optimizer), to_dict(config.schedule)
-    data = to_dict(config.data)
-    report = prepared.report
-    return CardFacts(
-        name=f"{config.model.name}, {to_dict(config.parameterization)['name']}, {config.experiment}",
-        parameterization=to_dict(config.parameterization),
-        num_parameters=count_parameters(config.model, config.parameterization),
-        num_dense_parameters=count_parameters(config.model, DenseConfig()),
-        data=f"{data['name']} ({report.documents:,} documents), {data['row_maker']} rows",
-        steps=state.step,
-        tokens_seen=state.tokens_seen,
-        seq_len=config.train.seq_len,
-        global_batch_size=config.train.global_batch_size,
-        learning_rate=optimizer["learning_rate"],
-        optimizer=optimizer["name"],
-        schedule=schedule["name"],
-        seed=config.seed,
-        validation=validation_facts(last),
-        versions={name: version for name, version in versions()["packages"].items() if version},
-    )
-
-
-def validation_facts(line: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Perplexities of each validation set from one evaluation line."""
-    prefixes = {key.removesuffix("perplexity_lineage") for key in line if key.endswith("/perplexity_lineage")}
-    names = {prefix: prefix.removeprefix("eval").strip("/") or "validation" for prefix in sorted(prefixes)}
-    return {
-        name: {
-            "perplexity": line[f"{prefix}perplexity"],
-            "perplexity_lineage": line[f"{prefix}perplexity_lineage"],
-            "lineage_note": line[f"{prefix}perplexity_lineage_note"],
-            "num_tokens": line[f"{prefix}tokens"],
-        }
-        for prefix, name in names.items()
-    }

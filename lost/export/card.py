@@ -147,9 +147,13 @@ def validation(facts: CardFacts) -> str:
     ]
     notes = []
     for name, result in facts.validation.items():
-        lines.append(
-            f"| {name} | {result['num_tokens']:,} | {result['perplexity']:.3f} | {result['perplexity_lineage']:.3f} |"
-        )
+        numbers = " | ".join(number(result[key]) for key in ("perplexity", "perplexity_lineage"))
+        lines.append(f"| {name} | {result['num_tokens']:,} | {numbers} |")
         notes.append(f"- {name}: {result['lineage_note']}.")
     exact = "Exact: exp(sum of token losses / number of predicted tokens)."
     return "\n".join([*lines, "", exact, "", *notes])
+
+
+def number(value: float | None) -> str:
+    """Three decimals; metrics.jsonl keeps what is not finite as null."""
+    return "not finite" if value is None else f"{value:.3f}"
