@@ -50,7 +50,7 @@ def compose(command: str, overrides: list[str], config_file: str | None = None, 
             " leave one of them out"
         )
     values = fitted(section, _composed(command, request, from_file))
-    problems = request.problems + all_problems(section, values, more_rules)
+    problems = request.problems + all_problems(command, section, values, more_rules)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return build(section, values)

@@ -39,7 +39,9 @@ class ModelConfig(Section):
     rope_theta: float = setting("base of the rotary embedding", 10000.0, above=0, is_fixed_on_resume=True)
     initializer_range: float = setting("std of the dense initial weights", 0.02, above=0, is_fixed_on_resume=True)
     tie_word_embeddings: bool = setting("share embedding and lm_head", False, is_fixed_on_resume=True)
-    lineage_rank: int = setting("rank that the papers use at this size; the default of parameterization.lost_rank")
+    lineage_rank: int = setting(
+        "rank that the papers use at this size; the default of parameterization.lost_rank", above=0
+    )
 
     def cross_problems(self) -> list[str]:
         problems = []

@@ -11,16 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lost.config.schema import (
-    BenchConfig,
     CheckpointConfig,
     DataConfig,
-    EvaluateConfig,
     EvaluationConfig,
-    ExportConfig,
-    GenerateConfig,
     LostConfig,
     ModelConfig,
-    PretrainConfig,
     RuntimeConfig,
     ScheduleConfig,
     TextFilesDataConfig,
@@ -33,13 +28,17 @@ from lost.utils.errors import ConfigError
 Rule = Callable[..., list[str]]
 # The profiler lets this many steps pass before it records.
 PROFILER_LEAD_STEPS = 3
+# A byte-level tokenizer holds every byte, the end of a document and padding.
+MIN_TRAINED_VOCAB = 258
 
 
-def all_problems(section: type[Section], values: dict[str, Any], more_rules: Sequence[Rule] = ()) -> list[str]:
+def all_problems(
+    command: str, section: type[Section], values: dict[str, Any], more_rules: Sequence[Rule] = ()
+) -> list[str]:
     """Every problem of nested plain values: each section's own, then those between sections that are right."""
     problems = mapping_problems(section, values)
     parts = _right_parts(section, values)
-    for rule in (*RULES.get(section, ()), *more_rules):
+    for rule in (*RULES[command], *more_rules):
         needs = list(inspect.signature(rule).parameters)
         if all(name in parts for name in needs):
             problems += rule(**{name: parts[name] for name in needs})
@@ -117,6 +116,11 @@ def schedule_problems(train: TrainConfig, schedule: ScheduleConfig) -> list[str]
 def process_problems(runtime: RuntimeConfig) -> list[str]:
     if runtime.name == "single" and num_processes() > 1:
         return [f"runtime=single with {num_processes()} processes: use runtime=ddp or start one process"]
+    if runtime.name == "ddp" and "WORLD_SIZE" not in os.environ:
+        return [
+            "runtime=ddp, but no launcher started this process: use"
+            " `torchrun --standalone --nproc-per-node N -m lost pretrain ...`, or runtime=auto"
+        ]
     return []
 
 
@@ -127,6 +131,15 @@ def profile_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[str]:
     return [
         f"runtime.profile_steps = {runtime.profile_steps} steps begin after {PROFILER_LEAD_STEPS}, and the run has"
         f" {train.num_steps}: lower profile_steps or train longer"
+    ]
+
+
+def vocabulary_problems(model: ModelConfig, data: DataConfig, source: str) -> list[str]:
+    if data.tokenizer != "train" or source or model.vocab_size >= MIN_TRAINED_VOCAB:
+        return []
+    return [
+        f"model.vocab_size = {model.vocab_size}: a trained tokenizer needs at least {MIN_TRAINED_VOCAB} tokens (every"
+        " byte and two special ones): raise it or name a tokenizer"
     ]
 
 
@@ -238,29 +251,32 @@ def bench_row_length_problems(what: str, seq_len: int, model: ModelConfig) -> li
     return _row_length_problems("seq_len", seq_len, model) if what == "step" else []
 
 
-RULES: dict[type[Section], tuple[Rule, ...]] = {
-    PretrainConfig: (
-        row_length_problems,
-        batch_problems,
-        schedule_problems,
-        process_problems,
-        profile_problems,
-        train_file_problems,
-        file_problems,
-        tokenizer_problems,
-        source_problems,
-        run_dir_problems,
-        resume_problems,
-        pretrain_evaluation_problems,
-    ),
-    EvaluateConfig: (
+PREPARE_RULES: tuple[Rule, ...] = (
+    row_length_problems,
+    batch_problems,
+    schedule_problems,
+    profile_problems,
+    vocabulary_problems,
+    train_file_problems,
+    file_problems,
+    tokenizer_problems,
+    source_problems,
+    run_dir_problems,
+    resume_problems,
+    pretrain_evaluation_problems,
+)
+RULES: dict[str, tuple[Rule, ...]] = {
+    "pretrain": (*PREPARE_RULES, process_problems),
+    "prepare": PREPARE_RULES,
+    "evaluate": (
         needed_source_problems,
         source_problems,
         file_problems,
         tokenizer_problems,
         evaluate_evaluation_problems,
     ),
-    GenerateConfig: (needed_source_problems, source_problems),
-    ExportConfig: (needed_source_problems, source_problems, export_problems),
-    BenchConfig: (bench_layer_problems, bench_row_length_problems),
+    "generate": (needed_source_problems, source_problems),
+    "export": (needed_source_problems, source_problems, export_problems),
+    "plan": PREPARE_RULES,
+    "bench": (bench_layer_problems, bench_row_length_problems),
 }

@@ -31,7 +31,9 @@ def test_pretrain_defaults_are_the_quickstart():
 
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g, names in PRETRAIN_GROUPS.items() for c in names])
-def test_every_choice_of_every_group_is_valid(group, choice):
+def test_every_choice_of_every_group_is_valid(group, choice, monkeypatch):
+    if choice == "ddp":
+        monkeypatch.setenv("WORLD_SIZE", "1")
     override = f"{group}={choice}"
     config = compose("pretrain", [override, *COMPANIONS.get(override, [])])
     section = getattr(config, group)

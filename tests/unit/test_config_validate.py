@@ -55,6 +55,11 @@ BROKEN_AND_HELD = {
         "evaluation.max_tokens = 255 is less than one row of 256 tokens",
         ["evaluation.max_tokens=256"],
     ),
+    "vocabulary smaller than the bytes": (
+        ["model.vocab_size=257"],
+        "model.vocab_size = 257: a trained tokenizer needs at least 258 tokens",
+        ["model.vocab_size=258"],
+    ),
     "no training files": (
         ["data=text_files", f"data.validation_files=[{__file__}]"],
         "data.train_files is empty",
@@ -117,6 +122,13 @@ class TestProcesses:
     def test_single_takes_one_process(self):
         assert problems("runtime=single") == ["runtime=single with 2 processes: use runtime=ddp or start one process"]
         assert problems("runtime=ddp") == []
+
+
+def test_ddp_needs_a_launcher(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (problem,) = problems("runtime=ddp")
+    assert "torchrun" in problem
+    assert problems("runtime=ddp", command="plan") == []
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
