@@ -15,31 +15,47 @@ from lost.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class LinearCost:
-    """Parameters and products of one linear layer.
+    """Parameters and products of one linear layer, and what its forward pass keeps for its backward pass.
 
     Args:
         num_parameters: trained numbers.
         num_index: entries of int64 buffers.
         forward_macs: multiply-adds of the matrix products, per token.
+        saved_values: numbers kept per token in the compute dtype, the layer's input left out.
+        num_cast_weights: weights of which autocast keeps a copy in its own dtype.
     """
 
     linear: LinearShape
     num_parameters: int
     num_index: int
     forward_macs: int
+    saved_values: int
+    num_cast_weights: int
 
 
 def dense_cost(linear: LinearShape) -> LinearCost:
-    return LinearCost(linear, linear.num_weights, num_index=0, forward_macs=linear.num_weights)
+    weights = linear.num_weights
+    return LinearCost(linear, weights, num_index=0, forward_macs=weights, saved_values=0, num_cast_weights=weights)
 
 
 def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
-    """R (in + out) for the factors, S out (rows: S in) for the kept channels; every weight is used once per token."""
+    """R (in + out) for the factors, S out (rows: S in) for the kept channels; every weight is used once per token.
+
+    With selection_axis = columns the layer keeps h = x A^T and casts its weights again in the backward pass; with
+    rows it is plain autograd, which keeps h and act(h).
+    """
     linear = shape.linear
-    sparse_width = linear.out_features if config.selection_axis == "columns" else linear.in_features
+    is_plain = config.selection_axis == "rows"
+    sparse_width = linear.in_features if is_plain else linear.out_features
     weights = shape.lost_rank * (linear.in_features + linear.out_features) + shape.num_kept * sparse_width
-    has_gamma = config.gamma_mode == "learnable"
-    return LinearCost(linear, weights + has_gamma, num_index=shape.num_kept, forward_macs=weights)
+    return LinearCost(
+        linear,
+        num_parameters=weights + (config.gamma_mode == "learnable"),
+        num_index=shape.num_kept,
+        forward_macs=weights,
+        saved_values=shape.lost_rank * (2 if is_plain else 1),
+        num_cast_weights=weights if is_plain else 0,
+    )
 
 
 def _dense_costs(config: DenseConfig, linears: list[LinearShape]) -> list[LinearCost]:  # noqa: ARG001

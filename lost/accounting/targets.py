@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from lost.accounting.shapes import ATTENTION_PROJECTIONS, HEAD, MLP_PROJECTIONS, LinearShape
-from lost.config.schema import CountOrFraction, LostConfig
+from lost.config.schema import LostConfig
 from lost.config.section import nearest
 from lost.utils.errors import ConfigError
 

@@ -83,7 +83,7 @@ class LostLlamaModel(LostLlamaPreTrainedModel, LlamaModel):
         with torch.device("meta"):
             super().__init__(config)
             if not is_part_of_causal_lm:
-                _swap_linears(_as_in_causal_lm(self), config)
+                _swap_linears(_Shell(self), config)
         self._materialise(device)
 
 
@@ -117,13 +117,17 @@ def _swap_linears(module: nn.Module, config: LostLlamaConfig) -> None:
     parameterization_of(parameterization).swap(module, parameterization)
 
 
-def _as_in_causal_lm(backbone: LostLlamaModel) -> nn.Module:
-    """A shell in which the layers of a lone backbone have the names that the patterns of its config know."""
-    shell = nn.Module()
-    shell.config = backbone.config
-    shell.model = backbone
-    shell.lm_head = nn.Linear(backbone.config.hidden_size, backbone.config.vocab_size, bias=False)
-    return shell
+class _Shell(nn.Module):
+    """Around a lone backbone, so that its layers have the names which the patterns of its config know."""
+
+    def __init__(self, backbone: LostLlamaModel):
+        super().__init__()
+        self.model = backbone
+        self.lm_head = nn.Linear(backbone.config.hidden_size, backbone.config.vocab_size, bias=False)
+
+    @property
+    def config(self) -> LostLlamaConfig:
+        return self.model.config
 
 
 def _is_loaded(layer: nn.Module) -> bool:

@@ -14,9 +14,7 @@ class Dense:
         return isinstance(module, nn.Linear)
 
     @torch.no_grad()
-    def fill(
-        self, layer: nn.Linear, dense_weight: Tensor, config: DenseConfig, generator: torch.Generator | None
-    ) -> None:
+    def fill(self, layer: nn.Linear, dense_weight: Tensor, *_: object) -> None:
         layer.weight.copy_(dense_weight)
         if layer.bias is not None:
             layer.bias.zero_()
