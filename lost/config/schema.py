@@ -446,7 +446,7 @@ class LoggingConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Section):
-    """Everything of `lost pretrain`; also read by `lost prepare` and `lost plan`."""
+    """Everything of `lost pretrain`; also read by `lost prepare`."""
 
     experiment: str = setting("name of the experiment, used in run_dir", "custom")
     model: ModelConfig = setting("architecture")
@@ -466,6 +466,15 @@ class PretrainConfig(Section):
         is_fixed_on_resume=True,
     )
     run_dir: str = setting("folder of everything this run writes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PretrainConfig):
+    """Everything of `lost plan`: a run of `lost pretrain`, and the device that it should fit on."""
+
+    device_memory_gib: float = setting(
+        "memory of one device; with it the table says which sizes fit; 0 = unknown", 0.0, at_least=0, unit="GiB"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,13 @@ class Dense:
         return isinstance(module, nn.Linear)
 
     @torch.no_grad()
-    def fill(self, layer: nn.Linear, dense_weight: Tensor, *_: object) -> None:
+    def fill(
+        self,
+        layer: nn.Linear,
+        dense_weight: Tensor,
+        config: DenseConfig,  # noqa: ARG002
+        generator: torch.Generator | None,  # noqa: ARG002
+    ) -> None:
         layer.weight.copy_(dense_weight)
         if layer.bias is not None:
             layer.bias.zero_()
