@@ -131,7 +131,7 @@ class Progress:
             return
         step = line["step"]
         facts = (
-            f"loss {_loss_words(line['loss'])} | lr {line['learning_rate']:.1e}"
+            f"{_loss_words(line['loss'])} | lr {line['learning_rate']:.1e}"
             f" | {count_words(line['tokens_per_second'])} tok/s | {duration_words(self.seconds_left(step))} left"
         )
         if self._bar is not None:
@@ -184,13 +184,14 @@ def _rich_bar(console: Console) -> RichProgress:
 
 
 def _loss_words(loss: float | None) -> str:
-    return "skipped" if loss is None or not math.isfinite(loss) else f"{loss:.3f}"
+    return "skipped: loss or gradient not finite" if loss is None or not math.isfinite(loss) else f"loss {loss:.3f}"
 
 
 def count_words(value: float) -> str:
     """A rate in few characters: 412, 4.1k, 1.2M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
+        # What would round to 1000 of the smaller unit is 1.0 of this one.
+        if value >= 0.9995 * size:
             return f"{value / size:.1f}{letter}"
     return f"{value:.0f}"
 
