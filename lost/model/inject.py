@@ -107,7 +107,8 @@ def _chosen(
 ) -> dict[tuple[str, ...], nn.Linear]:
     """The linears that target_modules, or the family, name."""
     if not linears:
-        raise ConfigError(f"no nn.Linear inside this {type(module).__name__}: there is nothing to replace")
+        hint = ": for the layer itself use LostLinear.from_linear" if isinstance(module, nn.Linear) else ""
+        raise ConfigError(f"no nn.Linear inside this {type(module).__name__}, so there is nothing to replace{hint}")
     patterns: Sequence[str] = config.target_modules
     if not patterns:
         if projections is None:
@@ -221,7 +222,11 @@ def _replace(module: nn.Module, planned: _Planned, seed: int) -> InjectedLayer:
     layer = LostLinear.from_linear(linear, planned.config, generator=layer_generator(seed, planned.names[0]))
     for name in planned.names:
         parent_name, _, child_name = name.rpartition(".")
-        setattr(module.get_submodule(parent_name), child_name, layer)
+        parent = module.get_submodule(parent_name)
+        setattr(parent, child_name, layer)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fast path in evaluation reads linear1.weight; 0 means an activation that the fast path has not.
+            parent.activation_relu_or_gelu = 0
     return InjectedLayer(
         name=planned.names[0],
         in_features=layer.in_features,
