@@ -25,7 +25,7 @@ from lost.model import LostLlamaConfig, LostLlamaForCausalLM
 from lost.model.build import llama_config
 from lost.utils.errors import CheckpointError, LostError
 from lost.utils.logging import get_logger
-from lost.utils.quiet import quiet_transformers
+from lost.utils.quiet import quiet_libraries
 
 log = get_logger(__name__)
 
@@ -57,9 +57,8 @@ def load_model(source: str, device: torch.device | str = "cpu", dtype: torch.dty
         LostError: nothing there, not complete, damaged, or not a causal language model; says what to do.
     """
     place = locate(source)
-    with quiet_transformers():
-        tokenizer = load_tokenizer(place)
-        model = load_checkpoint(place, tokenizer, dtype) if place.kind == "checkpoint" else load_export(place, dtype)
+    tokenizer = load_tokenizer(place)
+    model = load_checkpoint(place, tokenizer, dtype) if place.kind == "checkpoint" else load_export(place, dtype)
     return Loaded(model.to(device).eval(), tokenizer, place.name, place)  # pyright: ignore[reportArgumentType]
 
 
@@ -116,7 +115,8 @@ def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any
         LostError: files that cannot be read, or tensors that are missing or of another shape.
     """
     try:
-        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+        with quiet_libraries():
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LostError(f"source = {place.name}: its weights cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:

@@ -176,17 +176,19 @@ def train_and_report(run: Run, state: TrainState, prepared: Prepared, manager: C
 def validate(run: Run, rows: Any) -> PerplexityResult:
     """Perplexity of the model as it is on one validation set, with the work split over the processes."""
     runtime, evaluation = run.runtime, run.config.evaluation
-    return perplexity(
-        run.model,
-        rows,
-        micro_batch_size=evaluation.micro_batch_size,
-        device=runtime.device,
-        max_tokens=evaluation.max_tokens,
-        autocast=runtime.autocast_dtype,
-        process_index=runtime.process_index,
-        num_processes=runtime.num_processes,
-        gather=runtime.accelerator.gather,  # pyright: ignore[reportArgumentType]
-    )
+    # Compiled blocks would be compiled once more for these shapes without gradients: minutes on a CPU.
+    with torch.compiler.set_stance("force_eager"):
+        return perplexity(
+            run.model,
+            rows,
+            micro_batch_size=evaluation.micro_batch_size,
+            device=runtime.device,
+            max_tokens=evaluation.max_tokens,
+            autocast=runtime.autocast_dtype,
+            process_index=runtime.process_index,
+            num_processes=runtime.num_processes,
+            gather=runtime.accelerator.gather,  # pyright: ignore[reportArgumentType]
+        )
 
 
 def evaluation_line(results: dict[str, PerplexityResult]) -> dict[str, float | int | str]:
