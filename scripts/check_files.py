@@ -1,4 +1,4 @@
-"""Checks what no linter knows: file sizes, and that kernels/ stays a source root. Exit status 1 with one line a problem."""
+"""Checks what no linter knows: file sizes, and that kernels/ stays a source root. Prints one line a problem."""
 
 import subprocess
 import sys

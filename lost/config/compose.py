@@ -11,7 +11,7 @@ from typing import Any, get_origin
 import yaml
 
 from lost.config.choices import ALIASES, ROOTS, choices, config_folder, groups, known_keys
-from lost.config.section import build, is_section, nearest
+from lost.config.section import build, hints_of, is_section, nearest, pick
 from lost.config.validate import Rule, all_problems
 from lost.config.values import fitted, parse
 from lost.utils.errors import ConfigError
@@ -146,6 +146,7 @@ def _composed(command: str, request: Request, from_file: dict[str, Any]) -> dict
 
     chosen = _choices_of_file(command, from_file) | request.chosen
     tree = copy.deepcopy(_packaged(ROOTS[command][1], tuple(chosen.items())))
+    _drop_foreign_keys(command, tree, request.chosen)
     marks = Marks(known_keys(command))
     for key, value in from_file.items():
         # A choice on the command line replaces the whole section that the file holds.
@@ -158,6 +159,16 @@ def _composed(command: str, request: Request, from_file: dict[str, Any]) -> dict
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from error
     return marks.restored(_without_missing(plain))
+
+
+def _drop_foreign_keys(command: str, tree: Any, typed: dict[str, str]) -> None:
+    """Drops what an experiment says about a choice of its own that the command line has replaced by another one."""
+    for group in typed:
+        hint = hints_of(ROOTS[command][0]).get(group)
+        if is_section(hint):
+            known = hints_of(pick(hint, tree[group]))
+            for key in [key for key in tree[group] if key not in known]:
+                del tree[group][key]
 
 
 @cache

@@ -66,6 +66,11 @@ def test_typed_choice_beats_the_experiments_choice_and_value():
     assert (config.data.name, config.train.global_batch_size) == ("c4", 512)
 
 
+def test_keys_of_a_replaced_choice_go_with_it():
+    config = compose("pretrain", ["experiment=c4_60m", "data=stdlib"])
+    assert (config.experiment, config.data.name, config.train.global_batch_size) == ("c4_60m", "stdlib", 512)
+
+
 @pytest.mark.parametrize("name", ["none", "custom"])
 def test_no_experiment(name):
     config = compose("pretrain", [f"experiment={name}"])
