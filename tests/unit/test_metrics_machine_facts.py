@@ -96,7 +96,8 @@ def test_peak_memory_sees_what_is_touched_and_never_falls():
     before, during, after, gib = peaks.get(timeout=60)
     process.join()
     assert during - before == pytest.approx(size, rel=0.1)
-    assert after >= during
+    # The kernel adds up its per-thread counters only now and then.
+    assert after > during - 2**20
     assert gib == pytest.approx(after / 2**30, rel=0.01)
 
 
