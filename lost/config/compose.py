@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,13 @@ class Request:
     problems: list[str] = field(default_factory=list)
 
 
-def compose(command: str, overrides: list[str], config_file: str | None = None, more_rules: Sequence[Rule] = ()) -> Any:
+def compose(
+    command: str,
+    overrides: list[str],
+    config_file: str | None = None,
+    more_rules: Sequence[Rule] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
     """The typed config of a command.
 
     Args:
@@ -38,16 +44,17 @@ def compose(command: str, overrides: list[str], config_file: str | None = None, 
         config_file: a YAML file (for instance a run's config.yaml) that lies over the packaged defaults and under
             the overrides.
         more_rules: rules on top of those of `lost.config.validate`.
+        defaults: nested plain values that stand in for a config file where there is none.
     Raises:
         ConfigError: lists every unknown key and choice, wrong type and broken rule.
     """
     section, _ = ROOTS[command]
     request = read_overrides(command, overrides)
-    from_file = _read_config_file(config_file) if config_file else {}
+    from_file = _read_config_file(config_file) if config_file else dict(defaults or {})
     if config_file and "experiment" in request.chosen:
+        experiment = request.chosen.pop("experiment")
         request.problems.append(
-            f"experiment={request.chosen['experiment']} with --config-file: the file already holds every value;"
-            " leave one of them out"
+            f"experiment={experiment} with --config-file: the file already holds every value; leave one of them out"
         )
     values = fitted(section, _composed(command, request, from_file))
     problems = request.problems + all_problems(command, section, values, more_rules)

@@ -225,12 +225,12 @@ def lineage_note(num_batches: int, num_tokens: int) -> str:
     """What the papers' formula ran over, and how far that is from what they ran it over."""
     plural = "" if num_batches == 1 else "es"
     note = (
-        f"the papers' formula: mean losses of {num_batches} batch{plural} of {LINEAGE_BATCH_ROWS} rows, their sum"
+        f"the papers' formula: mean losses of {num_batches} batch{plural} of up to {LINEAGE_BATCH_ROWS} rows, their sum"
         f" divided by {num_batches + 1}"
     )
     if num_tokens < LINEAGE_TARGET_TOKENS:
         note += (
-            f"; {num_tokens} tokens where the papers use {LINEAGE_TARGET_TOKENS}, so the loss reads"
+            f"; {num_tokens:,} tokens where the papers use {LINEAGE_TARGET_TOKENS:,}, so the loss reads"
             f" {100 / (num_batches + 1):.1f} % too low: not comparable with their tables"
         )
     return note

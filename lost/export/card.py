@@ -84,12 +84,11 @@ def header(facts: CardFacts) -> str:
 def method(facts: CardFacts) -> str:
     if not is_lost(facts):
         return "A dense LLaMA (plain linear layers), pre-trained with `lost` as a baseline of LOST (arXiv 2508.02668)."
-    saved = 1 - facts.num_parameters / facts.num_dense_parameters
+    share = facts.num_parameters / facts.num_dense_parameters
     return (
         "A LLaMA whose attention and MLP projections were pre-trained in LOST form (arXiv 2508.02668): each is\n"
-        "`gamma * act(x A^T) B^T + (1 - gamma) * x[:, I] W_s^T`, low-rank factors plus a dense block on a few kept\n"
-        f"input channels, both from the singular value decomposition of the initial weight. It has {saved:.0%} fewer\n"
-        "parameters than the dense model of the same width and depth."
+        "`gamma * act(x A^T) B^T + (1 - gamma) * x[:, I] W_s^T`, low-rank factors plus a trained dense block of a few\n"
+        f"kept channels. It has {share:.0%} of the parameters of the dense model of the same width and depth."
     )
 
 
@@ -135,7 +134,9 @@ def training(facts: CardFacts) -> str:
         ("schedule", facts.schedule),
         ("seed", facts.seed),
     ]
-    return table(rows + [(f"version of {name}", version) for name, version in facts.versions.items()])
+    if facts.versions:
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())))
+    return table(rows)
 
 
 def validation(facts: CardFacts) -> str:

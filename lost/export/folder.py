@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lost.export.card import CardFacts, model_card
 from lost.utils.errors import LostError
+from lost.utils.quiet import quiet_libraries
 
 
 def save_final(
@@ -40,8 +41,9 @@ def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     try:
         partial.mkdir(parents=True)
         model.generation_config = generation_config(model, tokenizer)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        with quiet_libraries():
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         flush_to_disk(partial)
         if folder.exists():

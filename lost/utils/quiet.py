@@ -1,20 +1,21 @@
 """Silence for libraries whose bars and reports say what our own messages say better."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and nothing below an error from transformers; afterwards as before."""
-    from transformers.utils import logging
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars of transformers and no log message below an error, of any library; afterwards as before."""
+    from transformers.utils import logging as transformers_logging
 
-    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    had_bars, disabled = transformers_logging.is_progress_bar_enabled(), logging.root.manager.disable
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        logging.disable(disabled)
         if had_bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()

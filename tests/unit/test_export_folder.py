@@ -36,7 +36,7 @@ FACTS = CardFacts(
             "lineage_note": "one batch divided by 2",
         }
     },
-    versions={"torch": "2.13.0"},
+    versions={"torch": "2.13.0", "transformers": "5.23.0"},
 )
 
 
@@ -135,7 +135,7 @@ def test_card_says_what_the_facts_say():
         "| held_out | 61,234 | 99.123 | 11.988 |",
         "one batch divided by 2",
         "2508.02668",
-        "| version of torch | 2.13.0 |",
+        "| versions | torch 2.13.0, transformers 5.23.0 |",
         "| hidden_size | 24 |",
     ):
         assert expected in card, expected
@@ -152,7 +152,7 @@ def test_card_of_a_lost_model_and_without_evaluation():
     }
     card = model_card(tiny_llama().config, CardFacts(**(vars(FACTS) | changes)))
     assert "import lost.model" in card
-    assert "36% fewer" in card
+    assert "64% of the parameters" in card
     assert "| lost_rank | 64 |" in card
     assert "rank_overrides" not in card
     assert "Not evaluated" in card

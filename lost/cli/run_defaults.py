@@ -1,0 +1,37 @@
+"""`lost evaluate source=<run>` without a word about data evaluates on the data that the run was trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def run_defaults(command: str, overrides: list[str]) -> dict[str, Any]:
+    """What lies over the packaged defaults and under the command line: data and seq_len of the run that made `source`.
+
+    Empty for other commands, and where the source is no run directory and in none (an export, a hub id).
+    """
+    sources = [value for key, equals, value in (o.partition("=") for o in overrides) if equals and key == "source"]
+    if command != "evaluate" or not sources:
+        return {}
+    config_file = config_file_of(Path(sources[-1].strip()).expanduser())
+    if config_file is None:
+        return {}
+    try:
+        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+        return {"data": config["data"], "seq_len": config["train"]["seq_len"]}
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        # Loading the model says what is wrong with the run; its data is then for the command line to name.
+        return {}
+
+
+def config_file_of(source: Path) -> Path | None:
+    """config.yaml of the run directory that `source` is, or is the final model or a checkpoint of."""
+    path = source.resolve()
+    run_dir = path
+    if path.name == "final":
+        run_dir = path.parent
+    elif path.parent.name == "checkpoints":
+        run_dir = path.parent.parent
+    config_file = run_dir / "config.yaml"
+    return config_file if config_file.is_file() else None
