@@ -41,16 +41,16 @@ def read_yaml(name: str) -> dict[str, Any]:
 
 def groups(command: str) -> dict[str, str]:
     """Each group of a command with its default choice, in the order of the root's defaults list."""
-    entries = _root(ROOTS[command][1])["defaults"]
+    entries = read_root(ROOTS[command][1])["defaults"]
     return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
 
 
-def _root(name: str) -> dict[str, Any]:
+def read_root(name: str) -> dict[str, Any]:
     """The content of a root file over that of the roots that its defaults list names."""
     content = {"defaults": [], **read_yaml(name)}
     bases = [entry for entry in content["defaults"] if isinstance(entry, str) and entry != "_self_"]
     for base in bases:
-        under = _root(base)
+        under = read_root(base)
         content = merged(under, content) | {"defaults": under["defaults"] + content["defaults"]}
     return content
 
@@ -80,7 +80,7 @@ def hint_of(section: type[Section], key: str) -> Any:
 
 def default_values(command: str) -> dict[str, Any]:
     """Nested default values as the YAML files write them, interpolations unresolved (`${model.lineage_rank}`)."""
-    root = {key: value for key, value in _root(ROOTS[command][1]).items() if key != "defaults"}
+    root = {key: value for key, value in read_root(ROOTS[command][1]).items() if key != "defaults"}
     values: dict[str, Any] = {}
     chosen = groups(command)
     experiment = read_yaml(f"experiment/{chosen['experiment']}") if "experiment" in chosen else {}

@@ -524,6 +524,7 @@ class BenchConfig(Section):
     what: Literal["layer", "step"] = setting("one linear layer, or a whole training step", "layer")
     in_features: int = setting("input width of what=layer", 1024, at_least=1)
     out_features: int = setting("output width of what=layer", 1024, at_least=1)
+    lost_rank: CountOrFraction = setting("rank of what=layer; what=step takes parameterization.lost_rank", 256)
     num_tokens: int = setting("tokens of one call", 2048, at_least=1, unit="tokens")
     seq_len: int = setting("row length of what=step", 256, at_least=2, unit="tokens")
     repeats: int = setting("timed rounds; every round runs each arm once", 15, at_least=3)

@@ -57,9 +57,10 @@ def test_every_command_composes_and_survives_its_dictionary(command):
     assert build(type(config), to_dict(config)) == config
 
 
-def test_typed_choice_beats_the_experiments_choice_and_value():
+@pytest.mark.parametrize("command", ["pretrain", "prepare", "plan"])
+def test_typed_choice_beats_the_experiments_choice_and_value(command):
     config = compose(
-        "pretrain", ["train.max_steps=7", "experiment=c4_130m", "model=llama_60m", "schedule.warmup_steps=0.5"]
+        command, ["train.max_steps=7", "experiment=c4_130m", "model=llama_60m", "schedule.warmup_steps=0.5"]
     )
     assert config.model.name == "llama_60m"
     assert (config.train.max_steps, config.schedule.warmup_steps) == (7, 0.5)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lost.config import schema
-from lost.config.choices import ROOTS, config_folder, known_keys
+from lost.config.choices import ROOTS, config_folder, known_keys, read_root
 from lost.config.section import Section, choices_of, is_section, rule_of, setting
 
 SECTIONS = sorted(
@@ -75,7 +75,7 @@ def test_an_experiment_names_itself_and_known_keys_only(name):
 @pytest.mark.parametrize("command", ROOTS)
 def test_a_root_file_has_every_key_of_its_command(command):
     section, root = ROOTS[command]
-    content = content_of(root)
+    content = dict(read_root(root))
     chosen = {group for entry in content.pop("defaults", []) if isinstance(entry, dict) for group in entry}
     assert set(content) | chosen == {item.name for item in dataclasses.fields(section)}
     for key, hint in get_type_hints(section).items():
