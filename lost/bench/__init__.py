@@ -1,1 +1,18 @@
-""""""
+"""Speed and memory of LOST against dense, all arms in one run."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lost.bench.result import BenchResult
+    from lost.config.schema import BenchConfig
+
+
+def run(config: "BenchConfig") -> "BenchResult":
+    """Times what `config.what` names, prints the table and writes the JSON if `config.to` is set."""
+    if config.what == "layer":
+        from lost.bench.layer import bench_layer as bench
+    else:
+        from lost.bench.step import bench_step as bench
+    result = bench(config)
+    result.print_and_write()
+    return result
