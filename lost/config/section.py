@@ -9,7 +9,7 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lost.utils.errors import ConfigError
 
@@ -97,7 +97,7 @@ def hints_of(section: type[Section]) -> dict[str, Any]:
     return get_type_hints(section)
 
 
-def is_section(hint: Any) -> bool:
+def is_section(hint: Any) -> TypeGuard[type[Section]]:
     return isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Section)
 
 
