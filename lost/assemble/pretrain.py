@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel
 
 from lost.accounting import flops_per_token
@@ -75,6 +75,8 @@ def carry_out(config: PretrainConfig, start: Start, runtime: Runtime, stack: Exi
     """Everything after it is clear that there is something to do."""
     run_dir = Path(config.run_dir)
     manager = CheckpointManager(run_dir / "checkpoints", keep=config.checkpoint.keep)
+    # Weights and row order have generators of their own; this is for whatever else draws a number.
+    set_seed(config.seed)
     checkpoint = find_checkpoint(config, manager, runtime)
     prepared = prepare_data(config, start, runtime)
     model = start.make_model(runtime.param_dtype, prepared.tokenizer)

@@ -145,7 +145,9 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
 
 def measure_matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
     """TFLOP/s of square matrix products, the best of several: what MFU is relative to on an unlisted device."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    # An own generator: measuring must not move the run's random state, which a resume restores.
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
