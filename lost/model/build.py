@@ -1,6 +1,7 @@
 """From the typed config to an initialised model, one weight at a time, the same bits on every machine and split."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lost.config.section import to_dict
 from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM
 from lost.model.lost_init import layer_generator
 from lost.model.parameterizations import parameterization_of
+from lost.model.workers import run_side_by_side
 from lost.utils.errors import ConfigError
 
 
@@ -118,17 +120,22 @@ def token_ids(model: ModelConfig, tokenizer_ids: Mapping[str, int | None]) -> di
 
 @torch.no_grad()
 def initialise(net: PreTrainedModel, parameterization: ParameterizationConfig, seed: int) -> None:
-    """Initial values of every parameter and buffer of `net`, module by module; at most one W0 lives at a time.
+    """Initial values of every parameter and buffer of `net`, module by module; at most one W0 a CPU thread lives.
 
     Numerics: N(0, initializer_range) in float32 on the CPU from (seed, name), norms 1, biases 0; the pad row of the
     embedding is 0, as transformers has it.
     """
     form = parameterization_of(parameterization)
     std: float = net.config.initializer_range
+
+    def fill(name: str, layer: Any) -> None:
+        weight = draw(seed, f"{name}.weight", (layer.out_features, layer.in_features), std)
+        form.fill(layer, weight, parameterization, layer_generator(seed, f"{name}.factors"))
+
+    jobs = []
     for name, module in net.named_modules():
         if form.is_layer(module) and not _is_tied_head(net, module):
-            weight = draw(seed, f"{name}.weight", (module.out_features, module.in_features), std)  # pyright: ignore
-            form.fill(module, weight, parameterization, layer_generator(seed, f"{name}.factors"))
+            jobs.append(partial(fill, name, module))
         elif isinstance(module, nn.Linear):
             if not _is_tied_head(net, module):
                 module.weight.copy_(draw(seed, f"{name}.weight", tuple(module.weight.shape), std))
@@ -139,6 +146,8 @@ def initialise(net: PreTrainedModel, parameterization: ParameterizationConfig, s
         else:
             # Norms and the buffers of the rotary embedding draw nothing.
             net._init_weights(module)
+    for _ in run_side_by_side(jobs):
+        pass
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -9,6 +10,7 @@ from lost.config.schema import LostConfig
 from lost.model.lost_init import layer_generator
 from lost.model.lost_linear import LostLinear, rank_of
 from lost.model.targets import ALL_LINEAR, Projections, family_names, matches_any, nearest_names, projections_of
+from lost.model.workers import run_side_by_side
 from lost.utils.errors import ConfigError, LostError
 
 
@@ -84,7 +86,11 @@ def inject(
     if problems:
         raise ConfigError(problems)
     before = _num_parameters(module)
-    layers = tuple(_replace(module, planned, seed) for planned in plan)
+    jobs = (partial(_layer_of, planned, seed) for planned in plan)
+    # Shapes alone, or a GPU's work, gain nothing from several threads.
+    is_on_cpu = all(planned.linear.weight.device.type == "cpu" for planned in plan)
+    made = run_side_by_side(jobs) if is_on_cpu else (job() for job in jobs)
+    layers = tuple(_replace(module, planned, layer) for planned, layer in zip(plan, made, strict=True))
     return InjectionReport(layers, before, _num_parameters(module))
 
 
@@ -217,9 +223,13 @@ def _shape_problems(plan: list[_Planned]) -> list[str]:
     return problems
 
 
-def _replace(module: nn.Module, planned: _Planned, seed: int) -> InjectedLayer:
+def _layer_of(planned: _Planned, seed: int) -> LostLinear:
+    generator = layer_generator(seed, planned.names[0])
+    return LostLinear.from_linear(planned.linear, planned.config, generator=generator)
+
+
+def _replace(module: nn.Module, planned: _Planned, layer: LostLinear) -> InjectedLayer:
     linear = planned.linear
-    layer = LostLinear.from_linear(linear, planned.config, generator=layer_generator(seed, planned.names[0]))
     for name in planned.names:
         parent_name, _, child_name = name.rpartition(".")
         parent = module.get_submodule(parent_name)
