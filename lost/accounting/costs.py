@@ -23,6 +23,8 @@ class LinearCost:
         forward_macs: multiply-adds of the matrix products, per token.
         saved_values: numbers kept per token in the compute dtype, the layer's input left out.
         num_cast_weights: weights of which autocast keeps a copy in its own dtype.
+        saved_float32: numbers kept per token in float32 where that is not the compute dtype, else in it.
+        num_input_casts: copies of the layer's input that autocast makes.
     """
 
     linear: LinearShape
@@ -31,6 +33,8 @@ class LinearCost:
     forward_macs: int
     saved_values: int
     num_cast_weights: int
+    saved_float32: int = 0
+    num_input_casts: int = 1
 
 
 def dense_cost(linear: LinearShape) -> LinearCost:
@@ -46,6 +50,7 @@ def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
     """
     linear = shape.linear
     is_plain = config.selection_axis == "rows"
+    has_activation = config.activation != "identity"
     sparse_width = linear.in_features if is_plain else linear.out_features
     weights = shape.lost_rank * (linear.in_features + linear.out_features) + shape.num_kept * sparse_width
     return LinearCost(
@@ -53,8 +58,10 @@ def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
         num_parameters=weights + (config.gamma_mode == "learnable"),
         num_index=shape.num_kept,
         forward_macs=weights,
-        saved_values=shape.lost_rank * (2 if is_plain else 1),
+        saved_values=shape.lost_rank,
         num_cast_weights=weights if is_plain else 0,
+        saved_float32=shape.lost_rank if is_plain and has_activation else 0,
+        num_input_casts=2 if is_plain and shape.num_kept else 1,
     )
 
 

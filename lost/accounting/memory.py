@@ -8,7 +8,7 @@ fragmentation, the libraries' workspaces and what torch.compile fuses away.
 from dataclasses import dataclass
 from typing import Literal
 
-from lost.accounting.costs import LinearCost, linear_costs
+from lost.accounting.costs import LinearCost, linear_costs, sum_of
 from lost.accounting.parameters import count_parameters
 from lost.config.schema import ModelConfig, ParameterizationConfig
 
@@ -90,13 +90,15 @@ def block_activation_bytes(model: ModelConfig, costs: list[LinearCost], precisio
     key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
     # The float32 input of a norm, what it multiplies with its weight, and the root of the mean square.
     norms = 2 * (model.hidden_size * (FLOAT32_BYTES + width.weight) + FLOAT32_BYTES)
-    # The two norms' outputs are shared by the layers that read them, but autocast makes a copy for each of the five.
-    inputs = (5 if width.is_autocast else 2) * model.hidden_size * width.compute
+    # The two norms' outputs are shared by the layers that read them, but autocast makes copies for each of the five.
+    readers = [cost for cost in costs if not cost.linear.name.endswith(("o_proj", "down_proj"))]
+    num_inputs = sum_of(readers, "num_input_casts") if width.is_autocast else 2
+    inputs = num_inputs * model.hidden_size * width.compute
     # Rotated queries and keys, values, the output, and the log of the softmax's sum.
     attention = 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
     # gate, silu(gate), up and their product.
     mlp = 4 * model.intermediate_size * width.compute
-    layers = sum(cost.saved_values for cost in costs) * width.compute
+    layers = sum_of(costs, "saved_values") * width.compute + sum_of(costs, "saved_float32") * FLOAT32_BYTES
     return norms + inputs + attention + mlp + layers
 
 
