@@ -44,6 +44,7 @@ def _write_overview(console: Console) -> None:
     for name, line in COMMANDS.items():
         table.add_row(f"[bold]{name}[/]", line)
     console.print(Padding(table, (0, 0, 1, 2)))
+    _print_groups(console, "pretrain", "Groups of pretrain, prepare and plan")
     for line in (
         "lost <command> --help   its groups, choices and settings with defaults and units",
         "lost --version          the version",
@@ -60,7 +61,7 @@ def _write_command(console: Console, command: str) -> None:
     )
     console.print(f"{COMMANDS[command]}\n", highlight=False)
     if groups(command):
-        _print_groups(console, command)
+        _print_groups(console, command, "Groups")
     section, _ = ROOTS[command]
     values = default_values(command)
     own = [item.name for item in fields(section) if not is_section(hints_of(section)[item.name])]
@@ -81,8 +82,8 @@ def _table() -> Table:
     return Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
 
 
-def _print_groups(console: Console, command: str) -> None:
-    console.print("[bold]Groups[/] (* = default)", highlight=False)
+def _print_groups(console: Console, command: str, title: str) -> None:
+    console.print(f"[bold]{title}[/] (* = default)", highlight=False)
     table = _table()
     chosen = groups(command)
     for group in chosen:

@@ -135,6 +135,8 @@ def _nearest_key(command: str, key: str) -> str:
 
 def _read_config_file(config_file: str) -> dict[str, Any]:
     path = Path(config_file).expanduser()
+    if path.is_dir():
+        raise ConfigError(f"--config-file {config_file} is a folder: name its config.yaml")
     if not path.is_file():
         raise ConfigError(f"--config-file {config_file}: there is no such file")
     try:

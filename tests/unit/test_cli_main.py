@@ -1,6 +1,7 @@
 """The front door: what it prints, its exit statuses, and that help is quick and loads nothing heavy."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -50,6 +51,9 @@ def test_overview_lists_every_command(arguments, capsys):
     for command, line in COMMANDS.items():
         assert f"{command} " in printed
         assert line in printed
+    for group in groups("pretrain"):
+        for choice in choices("pretrain", group):
+            assert re.search(rf"^ *{group}=.*\b{choice}\b", printed, flags=re.MULTILINE)
 
 
 def test_version(capsys):

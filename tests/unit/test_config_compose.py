@@ -293,6 +293,10 @@ class TestConfigFile:
         (problem,) = problems_of("pretrain", config_file=str(path))
         assert str(path) in problem
 
+    def test_a_folder(self, tmp_path):
+        (problem,) = problems_of("pretrain", config_file=str(tmp_path))
+        assert "is a folder: name its config.yaml" in problem
+
     def test_missing_file(self):
         assert problems_of("pretrain", config_file="/no/such.yaml") == [
             "--config-file /no/such.yaml: there is no such file"
