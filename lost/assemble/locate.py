@@ -47,9 +47,9 @@ def locate(source: str) -> Place:
         LostError: nothing there, or not what a model needs; says what was found and what is expected.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return locate_folder(path)
-    if path.exists():
+    if path.is_file():
         raise LostError(f"source = {source} is a file: give the folder that it is in. {EXPECTED}")
     is_path = source.startswith((".", "/", "~")) or Path(path.parts[0] if path.parts else ".").is_dir()
     if is_path or not HUB_ID.fullmatch(source):
