@@ -4,7 +4,7 @@ A base section with subclasses (parameterization, data, optimizer, ...) is a cho
 one subclass a choice, so that a key which the chosen one does not have is an error and never silently ignored.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from lost.config.section import Section, setting
@@ -503,6 +503,16 @@ class GenerateConfig(Section):
     use_cache: bool = setting("keep keys and values between tokens", True)
     seed: int = setting("seed of the sampling", 0, at_least=0)
     runtime: DeviceConfig = setting("device and precision")
+
+    def cross_problems(self) -> list[str]:
+        if self.do_sample:
+            return []
+        defaults = {item.name: item.default for item in fields(self) if item.name in ("temperature", "top_k", "top_p")}
+        return [
+            f"{name} = {getattr(self, name)} with do_sample = false: only sampling uses it; leave it out or sample"
+            for name, default in defaults.items()
+            if getattr(self, name) != default
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
