@@ -11,12 +11,15 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from lost.config.schema import LoggingConfig
 from lost.train.wandb_run import WandbRun, start_wandb
 from lost.utils.logging import console as shared_console
 
 METRICS_NAME = "metrics.jsonl"
+# Characters beside the bar: step 12345/100000, loss, learning rate, tokens/s and time left.
+_FACTS_WIDTH = 68
 
 
 class MetricsLogger:
@@ -176,8 +179,8 @@ def _rich_bar(console: Console) -> RichProgress:
     return RichProgress(
         TextColumn("step"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[facts]}", markup=False),
+        BarColumn(bar_width=min(40, max(5, console.width - _FACTS_WIDTH))),
+        TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True)),
         console=console,
         refresh_per_second=4,
     )

@@ -23,8 +23,8 @@ def plain_console() -> Console:
     return Console(file=io.StringIO(), force_terminal=False, width=80, soft_wrap=True)
 
 
-def terminal() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None, legacy_windows=False)
+def terminal(width: int = 100) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, legacy_windows=False)
 
 
 def text_of(console: Console) -> str:
@@ -89,6 +89,17 @@ def test_a_terminal_gets_a_bar_with_all_facts():
     last = text_of(console).rsplit("\r", maxsplit=1)[-1]
     for part in ("10/20", "━", "loss 8.000", "lr 3.0e-03", "4.1k tok/s", "30s left"):
         assert part in last
+
+
+@pytest.mark.parametrize("width", [76, 80, 120, 250])
+def test_the_bar_stays_on_one_line(width):
+    console = terminal(width)
+    with Progress(100_000, console=console) as progress:
+        progress.update(line(12_345, learning_rate=2.5e-4))
+    last = text_of(console).rsplit("\r", maxsplit=1)[-1]
+    assert "12345/100000" in last
+    assert "left" in last
+    assert last.count("\n") == 1
 
 
 def test_messages_stay_above_the_bar():
