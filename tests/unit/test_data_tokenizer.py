@@ -1,0 +1,135 @@
+"""Tokenizers: trained, from a folder, refused; and the fast way to the same ids."""
+
+import random
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lost.data import tokenizer as tokenizer_module
+from lost.data.sources import stdlib_corpus
+from lost.data.tokenizer import Encoder, check_vocabulary, load_tokenizer, train_tokenizer
+from lost.data.words import AsciiWords
+from lost.testing.tiny import tiny_tokenizer
+from lost.utils.errors import DataError
+
+TEXT = [
+    "def main(argv):\n    return 'it''s'\n\n\n\t# don't\r\n",
+    "the cat sat on the mat, the cat sat. " * 30,
+    "Ünï 漢字 x²",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(iter(TEXT), 300, folder)
+    return folder
+
+
+def test_a_trained_tokenizer_has_eos_and_padding_and_gives_text_back(trained):
+    tokenizer = load_tokenizer(str(trained))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
+    assert len(tokenizer) == 300
+    for text in [*TEXT, "never seen: žluťoučký 🙂 \x00 \t  end "]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        # It does not append EOS by itself: the row makers do.
+        assert Encoder(tokenizer, "x").encode([text]) == [tokenizer(text)["input_ids"]]
+
+
+def test_training_is_deterministic(trained, tmp_path):
+    train_tokenizer(iter(TEXT), 300, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+    train_tokenizer(iter(TEXT[:2]), 300, tmp_path / "other")
+    assert (tmp_path / "other" / "tokenizer.json").read_bytes() != (trained / "tokenizer.json").read_bytes()
+
+
+def test_a_small_text_gives_a_small_vocabulary(tmp_path):
+    train_tokenizer(iter(["ab ab"]), 4096, tmp_path)
+    assert 258 <= len(load_tokenizer(str(tmp_path))) < 270
+
+
+def test_a_vocabulary_below_the_bytes_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"model.vocab_size = 257: .* at least 258"):
+        train_tokenizer(iter(TEXT), 257, tmp_path)
+
+
+def test_the_fingerprint_survives_saving_and_ignores_what_others_set(trained, tmp_path):
+    tokenizer = load_tokenizer(str(trained))
+    before = Encoder(tokenizer, "x").fingerprint
+    tokenizer(TEXT, truncation=True, max_length=5, padding="max_length")
+    encoder = Encoder(tokenizer, "x")
+    assert encoder.fingerprint == before
+    assert len(encoder.encode([TEXT[1]])[0]) > 5
+    tokenizer.save_pretrained(tmp_path)
+    assert Encoder(load_tokenizer(str(tmp_path)), "x").fingerprint == before
+    train_tokenizer(iter(TEXT), 290, tmp_path / "other")
+    assert Encoder(load_tokenizer(str(tmp_path / "other")), "x").fingerprint != before
+
+
+@pytest.mark.parametrize("is_fast_way", [True, False])
+def test_text_that_spells_a_special_token_is_text(trained, monkeypatch, is_fast_way):
+    monkeypatch.setattr(tokenizer_module, "has_few_cores", lambda: is_fast_way)
+    encoder = Encoder(load_tokenizer(str(trained)), "x")
+    assert (encoder._words is not None) == is_fast_way
+    (ids,) = encoder.encode(["a<|endoftext|>b<|pad|>"])
+    assert not {encoder.eos_id, encoder.pad_id} & set(ids)
+
+
+def test_the_fast_way_gives_the_same_ids(trained, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "has_few_cores", lambda: True)
+    encoder = Encoder(load_tokenizer(str(trained)), "x")
+    slow = encoder._encode_all
+    texts = [piece.text for piece in stdlib_corpus().pieces()][::40]
+    rng = random.Random(0)
+    ascii_parts = [*"abz019 '\n\t\r\x0b\x0c\x1c\x1f\x00_-.<|>", "'s", "'ll", "'LL", "  ", "   ", " '"]
+    for parts in (ascii_parts, [*ascii_parts, "é", "\x85", "\u2028"]):
+        texts += ["".join(rng.choices(parts, k=rng.randrange(60))) for _ in range(2000)]
+    assert sum(text.isascii() for text in texts) > 1000
+    expected = slow(texts)
+    assert encoder.encode(texts) == expected
+    # Each word alone is known by now: the second time must give the same.
+    assert encoder.encode(texts) == expected
+
+
+def test_the_fast_way_is_only_for_tokenizers_that_it_fits(trained):
+    fitting = load_tokenizer(str(trained)).backend_tokenizer
+    assert AsciiWords.fits(fitting)
+    spaced = Tokenizer.from_str(fitting.to_str())
+    spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert not AsciiWords.fits(spaced)
+    words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert not AsciiWords.fits(words)
+    assert Encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?"), "w").encode(["a b"]) == [[0, 1]]
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="tokenizer tiny has no EOS"):
+        Encoder(tokenizer, "tiny")
+
+
+def test_without_padding_token_eos_pads():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    assert Encoder(tokenizer, "tiny").pad_id == tokenizer.eos_token_id
+
+
+def test_the_ids_seen_count_not_the_length():
+    check_vocabulary(31_999, 32_000, "t5-base")
+    with pytest.raises(DataError, match=r"token id 32000, but model.vocab_size = 32000"):
+        check_vocabulary(32_000, 32_000, "t5-base")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no tokenizer can be loaded .* tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_hub_tokenizer_offline_says_what_to_use(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match=r"HF_HUB_OFFLINE is set.*nobody/nothing.*data.tokenizer=train.*; else X"):
+        load_tokenizer("nobody/nothing", "; else X")
