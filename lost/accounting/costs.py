@@ -46,7 +46,7 @@ def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
     """R (in + out) for the factors, S out (rows: S in) for the kept channels; every weight is used once per token.
 
     With selection_axis = columns the layer keeps h = x A^T and casts its weights again in the backward pass; with
-    rows it is plain autograd, which keeps h and act(h).
+    rows it is plain autograd, which keeps act(h) too, h in float32, and an input for each of the two products.
     """
     linear = shape.linear
     is_plain = config.selection_axis == "rows"

@@ -1,4 +1,4 @@
-"""From the typed config to an initialised model, one weight at a time, the same bits on every machine and split."""
+"""From the typed config to an initialised model: few dense weights at a time, the same bits for any split."""
 
 from collections.abc import Mapping
 from functools import partial
