@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lost.checkpoint import read_status, write_status
 from lost.testing.runs import environment, lost, lost_here, read_metrics, succeed, tiny_run, write_corpus
 
 # Wide enough that a checkpoint takes milliseconds to write and a step to compute.
@@ -129,12 +130,13 @@ def unbroken(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory, corpus) -> Path:
-    """A run killed in the middle of step 5, while it writes the checkpoint of step 6, and just after that of step 9."""
+    """A run killed in the middle of step 2, while it writes the checkpoint of step 6, and just after that of step 9."""
     run_dir = tmp_path_factory.mktemp("broken") / "run"
     folder = run_dir / "checkpoints"
 
-    kill_a_run(run_dir, corpus, lambda: last_step(run_dir) >= 4, lambda: last_step(run_dir) == 4)
-    assert checkpoint_names(run_dir) == ["step_00000003"]
+    # Before the first checkpoint: the next start begins anew.
+    kill_a_run(run_dir, corpus, lambda: last_step(run_dir) >= 1, lambda: last_step(run_dir) == 1)
+    assert not folder.exists()
 
     half, whole = folder / ".tmp_step_00000006", folder / "step_00000006"
     kill_a_run(run_dir, corpus, lambda: half.exists() or whole.exists(), half.exists)
@@ -168,7 +170,8 @@ def test_killed_three_times_and_started_again_it_ends_like_the_unbroken_run(brok
     succeed(*command(run_dir, corpus))
     assert_same_run(run_dir, unbroken)
     assert checkpoint_names(run_dir) == ["step_00000009", "step_00000012"]
-    status = json.loads((run_dir / "status.json").read_text())
+    status = read_status(run_dir)
+    assert status is not None
     assert (status["state"], status["step"]) == ("finished", 12)
 
 
@@ -190,6 +193,21 @@ def test_a_finished_run_prints_its_summary_again(unbroken, corpus, capsys):
     assert lost_here(*command(unbroken, corpus)) == 0
     assert str(unbroken / "final") in "".join(capsys.readouterr().out.split("\n"))
     assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("has_final", [False, True])
+def test_killed_after_its_last_step_it_only_writes_the_end_again(unbroken, corpus, tmp_path, has_final):
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+    write_status(run_dir, "running", 12)
+    if not has_final:
+        (run_dir / "final").rename(run_dir / ".final.partial")
+    assert lost_here(*command(run_dir, corpus)) == 0
+    assert (run_dir / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    assert_same_run(run_dir, unbroken)
+    status = read_status(run_dir)
+    assert status is not None
+    assert (status["state"], status["step"]) == ("finished", 12)
 
 
 @pytest.mark.parametrize(
