@@ -80,16 +80,14 @@ class BenchResult:
             f" {self.config.repeats} interleaved rounds. Saved: kept for the backward pass."
         )
         table = Table(title=self.title, caption=caption)
-        table.add_column("")
-        for head in ("ms", "20-80 %", "/ dense", "20-80 %", "tokens/s", "M params", "saved MiB"):
-            table.add_column(head, justify="right")
+        table.add_column("", no_wrap=True)
+        for head in ("ms", "/ dense", "20-80 %", "tokens/s", "M params", "saved MiB"):
+            table.add_column(head, justify="right", no_wrap=True)
         for name, arm in self.arms.items():
-            low, high = (1e3 * seconds for seconds in arm.timing.spread)
             low_ratio, high_ratio = quantiles(arm.timing.ratios_to(self.arms[BASE].timing))
             table.add_row(
                 name,
                 f"{1e3 * arm.timing.median:.1f}",
-                f"{low:.0f}-{high:.0f}",
                 f"{self.ratio_to_dense(name):.3f}",
                 f"{low_ratio:.2f}-{high_ratio:.2f}",
                 f"{self.num_tokens / arm.timing.median:,.0f}",

@@ -1,0 +1,137 @@
+"""`lost bench`: interleaving, medians, saved bytes, both kinds of result on tiny shapes."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from lost.bench import run
+from lost.bench.layer import ThreeProducts
+from lost.bench.timing import NUM_WARMUP_ROUNDS, SavedBytes, Timing, time_interleaved
+from lost.config.schema import BenchConfig, DeviceConfig, LostConfig, ModelConfig
+from lost.model.lost_linear import LostLinear
+from lost.utils.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def tiny(**options) -> BenchConfig:
+    model = ModelConfig(
+        name="tiny",
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        lineage_rank=8,
+    )
+    defaults = {
+        "model": model,
+        "parameterization": LostConfig(lost_rank=8, density=0.1),
+        "runtime": DeviceConfig(device="cpu"),
+        "in_features": 40,
+        "out_features": 30,
+        "lost_rank": 6,
+        "num_tokens": 64,
+        "seq_len": 16,
+        "repeats": 3,
+    }
+    return BenchConfig(**{**defaults, **options})
+
+
+def test_arms_take_turns_and_warm_up_is_not_counted():
+    calls = []
+    timings = time_interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, 4, CPU)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca", "cab"]
+    assert len(rounds) == 4 + NUM_WARMUP_ROUNDS
+    assert {len(timing.seconds) for timing in timings.values()} == {4}
+
+
+def test_times_are_those_of_the_arm():
+    timings = time_interleaved({"short": lambda: None, "long": lambda: time.sleep(0.02)}, 3, CPU)
+    assert timings["long"].median >= 0.02
+    assert timings["short"].median < 0.01
+
+
+def test_median_spread_and_ratios():
+    timing = Timing((3.0, 1.0, 2.0, 5.0, 4.0, 100.0))
+    assert timing.median == 3.5
+    assert timing.spread == (2.0, 5.0)
+    assert timing.ratios_to(Timing((1.0, 1.0, 4.0, 5.0, 2.0, 50.0))) == (3.0, 1.0, 0.5, 1.0, 2.0, 2.0)
+
+
+def test_saved_bytes_counts_each_storage_once_and_leaves_inputs_out():
+    x, weight = torch.randn(10, 7, requires_grad=True), torch.randn(7, 7, requires_grad=True)
+    with SavedBytes([x, weight]).counting() as saved:
+        h = x @ weight
+        (h.view(70) * h.reshape(70)).sum()
+    assert saved.num_bytes == 10 * 7 * 4
+
+
+def test_lost_keeps_less_than_three_products():
+    layer = LostLinear(64, 64, lost_rank=16, density=0.1)
+    x = torch.randn(100, 64, requires_grad=True)
+    kept = {}
+    for module in (layer, ThreeProducts(layer)):
+        with SavedBytes([x, *layer.parameters(), *layer.buffers()]).counting() as saved:
+            module(x)
+        kept[type(module)] = saved.num_bytes
+    assert kept[LostLinear] == 100 * 16 * 4
+    assert kept[ThreeProducts] > 2 * kept[LostLinear]
+
+
+@pytest.mark.parametrize("mode", ["fixed", "folded", "learnable"])
+@pytest.mark.parametrize("density", [0, 0.1])
+def test_three_products_are_the_same_function(mode, density):
+    layer = LostLinear(20, 30, lost_rank=5, density=density, gamma_mode=mode, dtype=torch.float64)
+    x = torch.randn(6, 20, dtype=torch.float64)
+    assert torch.allclose(ThreeProducts(layer)(x), layer(x), rtol=1e-12, atol=1e-15)
+
+
+def test_layer_result_and_json(tmp_path, capsys):
+    result = run(tiny(to=str(tmp_path / "new")))
+    assert list(result.arms) == ["dense", "lost", "three products"]
+    assert result.arms["dense"].num_parameters == 40 * 30
+    assert result.arms["lost"].num_parameters == 6 * 70 + 4 * 30
+    assert result.ratio_to_dense("dense") == 1
+    assert "three products" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "new" / "bench_layer.json").read_text())
+    assert facts["num_threads"] == torch.get_num_threads()
+    assert facts["arms"]["lost"]["median_seconds"] == result.arms["lost"].timing.median
+    assert facts["arms"]["lost"]["time_over_dense"] == result.ratio_to_dense("lost")
+    assert facts["versions"]["packages"]["torch"] == torch.__version__
+    assert facts["config"]["lost_rank"] == 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])
+def test_step_trains_both_arms(tmp_path, precision):
+    result = run(tiny(what="step", runtime=DeviceConfig(device="cpu", precision=precision), to=str(tmp_path)))
+    assert list(result.arms) == ["dense", "lost"]
+    assert result.arms["lost"].num_parameters < result.arms["dense"].num_parameters
+    assert all(arm.saved_bytes > 0 for arm in result.arms.values())
+    assert json.loads((tmp_path / "bench_step.json").read_text())["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"what": "step", "num_tokens": 50}, "num_tokens = 50 is no multiple of seq_len = 16"),
+        ({"what": "step", "seq_len": 128, "num_tokens": 128}, "seq_len = 128 is above model.max_position_embeddings"),
+        ({"lost_rank": 31}, "lost_rank = 31"),
+        ({"parameterization": LostConfig(selection_axis="rows")}, "selection_axis = rows"),
+        ({"parameterization": LostConfig(rank_overrides={"a": 2})}, "rank_overrides"),
+    ],
+)
+def test_mistakes(options, words):
+    with pytest.raises((ConfigError, ValueError), match=words):
+        run(tiny(**options))
+
+
+def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tiny())
+    assert not list(tmp_path.iterdir())
