@@ -48,7 +48,7 @@ class TokenRows:
         Returns:
             input_ids int64 [N, T]; labels int64 [N, T], the same with -100 where no loss is taken: padding and, with
             isolate_documents, every document's first token. The model shifts them. With isolate_documents also
-            position_ids int64 [N, T] and attention_mask float32 [N, 1, T, T], 0 where a query sees a key, else -inf.
+            position_ids int64 [N, T] and attention_mask bool [N, 1, T, T], true where a query sees a key.
         """
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
@@ -90,17 +90,18 @@ def _first_of(is_padding: torch.Tensor) -> torch.Tensor:
 
 
 def isolated(is_first: torch.Tensor) -> Batch:
-    """position_ids [N, T] and attention_mask [N, 1, T, T] that restart wherever `is_first` [N, T] is true.
+    """position_ids [N, T] and attention_mask bool [N, 1, T, T] that restart wherever `is_first` [N, T] is true.
 
-    The mask is additive: transformers' eager attention adds a boolean one as 0 and 1, silently. A row that begins inside a document counts from 0 too: its beginning is in another row.
+    Boolean, because that is right with transformers' default attention (sdpa) in every dtype: an additive float32 mask
+    gives wrong numbers, silently, with float64 queries (torch 2.13, CPU). Eager attention would add it as 0 and 1.
+    A row that begins inside a document counts from 0 too: its beginning is in another row.
     """
     document = is_first.cumsum(dim=1)
     places = torch.arange(is_first.shape[1]).expand(is_first.shape)
     start = torch.where(is_first, places, 0).cummax(dim=1).values
     is_same = document[:, :, None] == document[:, None, :]
     is_past = places[:, :, None] >= places[:, None, :]
-    mask = torch.zeros(is_same.shape).masked_fill(~(is_same & is_past), float("-inf"))
-    return {"position_ids": places - start, "attention_mask": mask[:, None]}
+    return {"position_ids": places - start, "attention_mask": (is_same & is_past)[:, None]}
 
 
 class Mixture:
