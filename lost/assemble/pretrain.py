@@ -29,6 +29,7 @@ from lost.checkpoint import (
 from lost.config.schema import PretrainConfig
 from lost.config.section import to_dict
 from lost.data import Prepared, prepare, train_batches
+from lost.data.progress import PreparationBar
 from lost.evaluation import PerplexityResult, perplexity
 from lost.export import save_final
 from lost.train.metrics import MetricsLogger, Progress
@@ -245,12 +246,13 @@ def find_checkpoint(config: PretrainConfig, manager: CheckpointManager, runtime:
 
 def prepare_data(config: PretrainConfig, start: Start, runtime: Runtime) -> Prepared:
     """Rows on disk; process 0 makes them and the others find them there."""
-    with runtime.accelerator.main_process_first():
+    with runtime.accelerator.main_process_first(), PreparationBar(is_main=runtime.is_main) as bar:
         return prepare(
             config.data,
             vocab_size=config.model.vocab_size,
             seq_len=config.train.seq_len,
             tokenizer=start.tokenizer if config.data.tokenizer == "train" else None,
+            progress=bar.show,
         )
 
 

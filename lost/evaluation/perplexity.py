@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lost.utils.errors import DataError
+from lost.utils.labels import IGNORED_LABEL, next_token_labels
 
 # The evaluators of the papers this project compares with (GaLore, SLTrain, CoLA share this code).
 LINEAGE_BATCH_ROWS = 256
@@ -21,8 +22,6 @@ LINEAGE_TARGET_TOKENS = 10_000_000
 
 # Logits are turned to float32 and reduced this many values at a time: 64 MiB, whatever the vocabulary.
 CHUNK_VALUES = 2**24
-
-IGNORED_LABEL = -100
 
 
 class Rows(Protocol):
@@ -142,7 +141,7 @@ def batch_sums(model: nn.Module, batch: dict[str, Tensor], device: torch.device 
     logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"]
     # Position t predicts label t + 1; the last position predicts nothing.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    targets = next_token_labels(labels)
     losses = token_losses(logits, targets.to(device)).cpu().double()
     columns = [losses.sum(1), (targets != IGNORED_LABEL).sum(1), (labels != IGNORED_LABEL).sum(1)]
     return torch.stack([column.double() for column in columns], dim=1)

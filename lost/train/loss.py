@@ -3,17 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-IGNORED_LABEL = -100
-
-
-def next_token_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Labels [B, T] moved one place to the left, so that position t holds what logits t predict."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-
-
-def count_label_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """How many tokens of [B, T] labels are predicted: the first of each row and the padding are not."""
-    return (labels[:, 1:] != IGNORED_LABEL).sum()
+from lost.utils.labels import IGNORED_LABEL, next_token_labels
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lost.config.schema import PretrainConfig
-from lost.train.loss import count_label_tokens, token_loss_sum
+from lost.train.loss import token_loss_sum
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.norms import clip_gradients, group_norms
 from lost.train.optim import set_learning_rate
@@ -21,6 +21,7 @@ from lost.train.schedule import learning_rate_at
 from lost.train.state import TrainState
 from lost.train.stop import StopRequest
 from lost.utils.errors import TrainingError
+from lost.utils.labels import count_label_tokens
 from lost.utils.memory import peak_memory_gib
 
 Batch = dict[str, torch.Tensor]

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from lost.config.schema import AdamWConfig
-from lost.train.loss import count_label_tokens, token_loss_sum
+from lost.train.loss import token_loss_sum
 from lost.train.norms import clip_gradients, group_norms, group_of
 from lost.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from lost.train.runtime import pick_device, pick_precision
 from lost.train.state import rng_tensors, set_rng_tensors
 from lost.utils.errors import CheckpointError, ConfigError
+from lost.utils.labels import count_label_tokens
 
 
 def test_loss_sum_is_the_sum_over_predicted_tokens():
