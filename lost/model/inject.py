@@ -6,10 +6,11 @@ from functools import partial
 
 from torch import nn
 
+from lost.accounting.targets import ALL_LINEAR
 from lost.config.schema import LostConfig
 from lost.model.lost_init import layer_generator
 from lost.model.lost_linear import LostLinear, rank_of
-from lost.model.targets import ALL_LINEAR, Projections, family_names, matches_any, nearest_names, projections_of
+from lost.model.targets import Projections, family_names, matches_any, nearest_names, projections_of
 from lost.model.workers import run_side_by_side
 from lost.utils.errors import ConfigError, LostError
 

@@ -1,13 +1,12 @@
-"""Which linears of a model are attention and MLP projections, by family, and how patterns name modules."""
+"""Which linears of a model are attention and MLP projections, by family, and which names a pattern resembles."""
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
-ALL_LINEAR = "all_linear"
+from lost.accounting.targets import is_match
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,8 @@ def family_names() -> list[str]:
     return sorted(_FAMILIES)
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` ('*' matches anything) is the dotted name or its end after a dot."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    return any(matches(name, pattern) for pattern in patterns)
+    return any(is_match(name, pattern) for pattern in patterns)
 
 
 def nearest_names(pattern: str, names: Iterable[str], count: int = 3) -> str:
