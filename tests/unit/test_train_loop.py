@@ -38,7 +38,8 @@ class Bigram(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)))
 
-    def forward(self, input_ids, poison=None, use_cache=False):
+    def forward(self, input_ids, use_cache, poison=None):
+        assert use_cache is False
         logits = self.table[input_ids]
         if poison is not None:
             logits = logits * poison.view(-1, 1, 1)
@@ -90,7 +91,7 @@ def make_run(tmp_path, batches, model=None, *, max_steps=4, max_skipped_steps=3,
     )
 
 
-def reference_step(model, whole, learning_rate=0.05, max_grad_norm=0.5):
+def reference_step(model, whole):
     """Loss and gradient norm by the plain definition, in float64."""
     table = model.table.detach().double().requires_grad_()
     losses = F.cross_entropy(
@@ -113,7 +114,7 @@ def test_loss_and_gradient_are_means_over_all_tokens_of_the_step(tmp_path, parts
     assert result.num_tokens == int((whole["labels"][:, 1:] != -100).sum())
 
 
-def test_a_mean_of_means_would_be_seen(tmp_path):
+def test_a_mean_of_means_would_be_seen():
     """Negative control of the test above: the data tells the two apart."""
     whole = batch(0)
     means = [reference_step(Bigram(), part)[0] for part in split(whole, 4)]

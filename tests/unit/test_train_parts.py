@@ -130,7 +130,7 @@ def test_optimizer_state_moves_by_name_and_continues_bit_for_bit():
 
 def test_optimizer_state_of_an_unknown_parameter_is_named():
     model, optimizer = trained(1)
-    with pytest.raises(CheckpointError, match="9.weight"):
+    with pytest.raises(CheckpointError, match=r"9\.weight"):
         load_optimizer_tensors(model, optimizer, {"9.weight/exp_avg": torch.zeros(1)})
 
 
@@ -150,6 +150,6 @@ def test_rng_state_round_trip():
 def test_a_device_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA, so runtime.device=cuda is no mistake here")
-    with pytest.raises(ConfigError, match="runtime.device = cuda.*choose one of"):
+    with pytest.raises(ConfigError, match=r"runtime\.device = cuda.*choose one of"):
         pick_device("cuda")
     assert pick_precision("auto", torch.device("cpu")) == "fp32"
