@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from lost.assemble.load import load_model
 from lost.config.schema import DenseConfig, ModelConfig, ParameterizationConfig, PretrainConfig
 from lost.config.section import build
 from lost.model import LostLlamaConfig, build_model
+from lost.model.build import llama_config
 from lost.utils.errors import ConfigError
 
 
@@ -52,7 +54,13 @@ def start_of(config: PretrainConfig) -> Start:
             f" of {config.source}: choose a shorter row"
         )
     actual = dataclasses.replace(config, model=model, parameterization=parameterization)
-    return Start(actual, loaded.tokenizer, lambda dtype, _: loaded.model.to(dtype))
+
+    def continued(dtype: torch.dtype, _: PreTrainedTokenizerBase) -> PreTrainedModel:
+        # Loaded anew, because Module.to() would round the rotary frequencies and a learnable gamma to bf16 as well.
+        own = loaded.model if dtype == torch.float32 else load_model(config.source, dtype=dtype).model
+        return own
+
+    return Start(actual, loaded.tokenizer, continued)
 
 
 def sections_of(model: PreTrainedModel, origin: str) -> tuple[ModelConfig, ParameterizationConfig]:
@@ -67,10 +75,27 @@ def sections_of(model: PreTrainedModel, origin: str) -> tuple[ModelConfig, Param
             f"source = {origin} is a {hf.model_type} model: `lost pretrain` goes on from LLaMA and LOST LLaMA models"
         )
     keys = {field.name for field in dataclasses.fields(ModelConfig)} - {"name", "lineage_rank", "rope_theta"}
-    values = {key: getattr(hf, key) for key in keys}
-    rope_theta = float((hf.rope_parameters or {}).get("rope_theta", 10000.0))  # pyright: ignore[reportAttributeAccessIssue]
-    rank = hf.hidden_size // 4
-    section = build(ModelConfig, {"name": "source", "rope_theta": rope_theta, "lineage_rank": rank, **values})
-    if isinstance(hf, LostLlamaConfig):
-        return section, build(ParameterizationConfig, hf.parameterization)
-    return section, DenseConfig()
+    values: dict[str, Any] = {key: getattr(hf, key) for key in keys}
+    rope: dict[str, Any] = dict(getattr(hf, "rope_parameters", None) or {})
+    values |= {"name": "source", "rope_theta": float(rope.get("rope_theta", 10000.0))}
+    section = build(ModelConfig, values | {"lineage_rank": hf.hidden_size // 4})
+    is_lost = isinstance(hf, LostLlamaConfig)
+    parameterization = hf.typed_parameterization if is_lost else DenseConfig()
+    refuse_other_architecture(hf, llama_config(section, parameterization), origin)
+    return section, parameterization
+
+
+def refuse_other_architecture(hf: LlamaConfig, ours: LlamaConfig, origin: str) -> None:
+    """Raises where the config sections cannot say what the model is: its checkpoints would load as another model.
+
+    Raises:
+        ConfigError: lists every key that differs.
+    """
+    keys = ("hidden_act", "attention_bias", "mlp_bias", "head_dim", "rope_parameters", "attention_dropout")
+    problems = [
+        f"source = {origin} has {key} = {getattr(hf, key)}: `lost pretrain` can only go on with {getattr(ours, key)}"
+        for key in keys
+        if getattr(hf, key) != getattr(ours, key)
+    ]
+    if problems:
+        raise ConfigError(problems)

@@ -482,8 +482,8 @@ class EvaluateConfig(Section):
     """Everything of `lost evaluate`."""
 
     source: str = setting("run directory, checkpoint, export or hub id")
-    data: DataConfig = setting("documents and rows")
-    seq_len: int = setting("length of an evaluation row", 256, at_least=2, unit="tokens")
+    data: DataConfig = setting("documents and rows; unless said, those of the run that `source` is or is of")
+    seq_len: int = setting("length of an evaluation row; unless said, the run's", 256, at_least=2, unit="tokens")
     evaluation: EvaluationConfig = setting("how much")
     runtime: DeviceConfig = setting("device and precision")
     to: str = setting("JSON file of the result; empty: print only", "")
