@@ -245,8 +245,8 @@ def find_checkpoint(config: PretrainConfig, manager: CheckpointManager, runtime:
 
 
 def prepare_data(config: PretrainConfig, start: Start, runtime: Runtime) -> Prepared:
-    """Rows on disk; process 0 makes them and the others find them there."""
-    with runtime.accelerator.main_process_first(), PreparationBar(is_main=runtime.is_main) as bar:
+    """Rows on disk; one process makes them (a file lock decides which) and the others find them there."""
+    with PreparationBar(is_main=runtime.is_main) as bar:
         return prepare(
             config.data,
             vocab_size=config.model.vocab_size,

@@ -8,7 +8,6 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lost.data.words import AsciiWords, has_few_cores
 from lost.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -51,16 +50,8 @@ class Encoder:
         facts = f"{self._tokenizer.to_str()} {self.eos_id} {self.pad_id}"
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
 
-        self._words = AsciiWords(self._tokenizer) if has_few_cores() and AsciiWords.fits(self._tokenizer) else None
-
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
-        if self._words is None:
-            return self._encode_all(texts)
-        others = iter(self._encode_all([text for text in texts if not text.isascii()]))
-        return [self._words.encode(text) if text.isascii() else next(others) for text in texts]
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 

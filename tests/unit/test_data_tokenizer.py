@@ -1,15 +1,8 @@
 """Tokenizers: trained, from a folder, refused; and the fast way to the same ids."""
 
-import random
-
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from lost.data import tokenizer as tokenizer_module
-from lost.data.sources import stdlib_corpus
 from lost.data.tokenizer import Encoder, check_vocabulary, load_tokenizer, train_tokenizer
-from lost.data.words import AsciiWords
 from lost.testing.tiny import tiny_tokenizer
 from lost.utils.errors import DataError
 
@@ -68,41 +61,10 @@ def test_the_fingerprint_survives_saving_and_ignores_what_others_set(trained, tm
     assert Encoder(load_tokenizer(str(tmp_path / "other")), "x").fingerprint != before
 
 
-@pytest.mark.parametrize("is_fast_way", [True, False])
-def test_text_that_spells_a_special_token_is_text(trained, monkeypatch, is_fast_way):
-    monkeypatch.setattr(tokenizer_module, "has_few_cores", lambda: is_fast_way)
+def test_text_that_spells_a_special_token_is_text(trained):
     encoder = Encoder(load_tokenizer(str(trained)), "x")
-    assert (encoder._words is not None) == is_fast_way
     (ids,) = encoder.encode(["a<|endoftext|>b<|pad|>"])
     assert not {encoder.eos_id, encoder.pad_id} & set(ids)
-
-
-def test_the_fast_way_gives_the_same_ids(trained, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "has_few_cores", lambda: True)
-    encoder = Encoder(load_tokenizer(str(trained)), "x")
-    slow = encoder._encode_all
-    texts = [piece.text for piece in stdlib_corpus().pieces()][::40]
-    rng = random.Random(0)
-    ascii_parts = [*"abz019 '\n\t\r\x0b\x0c\x1c\x1f\x00_-.<|>", "'s", "'ll", "'LL", "  ", "   ", " '"]
-    for parts in (ascii_parts, [*ascii_parts, "é", "\x85", "\u2028"]):
-        texts += ["".join(rng.choices(parts, k=rng.randrange(60))) for _ in range(2000)]
-    assert sum(text.isascii() for text in texts) > 1000
-    expected = slow(texts)
-    assert encoder.encode(texts) == expected
-    # Each word alone is known by now: the second time must give the same.
-    assert encoder.encode(texts) == expected
-
-
-def test_the_fast_way_is_only_for_tokenizers_that_it_fits(trained):
-    fitting = load_tokenizer(str(trained)).backend_tokenizer
-    assert AsciiWords.fits(fitting)
-    spaced = Tokenizer.from_str(fitting.to_str())
-    spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    assert not AsciiWords.fits(spaced)
-    words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert not AsciiWords.fits(words)
-    assert Encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?"), "w").encode(["a b"]) == [[0, 1]]
 
 
 def test_a_tokenizer_without_eos_is_refused():
