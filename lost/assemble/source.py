@@ -57,8 +57,7 @@ def start_of(config: PretrainConfig) -> Start:
 
     def continued(dtype: torch.dtype, _: PreTrainedTokenizerBase) -> PreTrainedModel:
         # Loaded anew, because Module.to() would round the rotary frequencies and a learnable gamma to bf16 as well.
-        own = loaded.model if dtype == torch.float32 else load_model(config.source, dtype=dtype).model
-        return own
+        return loaded.model if dtype == torch.float32 else load_model(config.source, dtype=dtype).model
 
     return Start(actual, loaded.tokenizer, continued)
 
