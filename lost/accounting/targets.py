@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from lost.accounting.shapes import ATTENTION_PROJECTIONS, HEAD, MLP_PROJECTIONS, LinearShape
-from lost.config.schema import LostConfig
+from lost.config.schema import CountOrFraction, LostConfig
 from lost.config.section import nearest
 from lost.utils.errors import ConfigError
 
@@ -48,7 +48,7 @@ def rank_of(config: LostConfig, linear: LinearShape) -> int:
     """
     smaller = min(linear.in_features, linear.out_features)
     wanted = _last_match(linear.name, config.rank_overrides, config.lost_rank)
-    rank = wanted if isinstance(wanted, int) else max(1, int(wanted * smaller + ROUNDING))
+    rank = rank_count(wanted, smaller)
     if rank > smaller:
         raise ConfigError(
             f"lost_rank = {rank} for {linear.name}: must be at most min(in_features, out_features) = {smaller};"
@@ -61,7 +61,17 @@ def num_kept_of(config: LostConfig, linear: LinearShape) -> int:
     """S of one layer: 0 where its density is 0, else at least 1."""
     density = _last_match(linear.name, config.density_overrides, config.density)
     channels = linear.in_features if config.selection_axis == "columns" else linear.out_features
-    return max(1, int(density * channels + ROUNDING)) if density > 0 else 0
+    return kept_count(density, channels)
+
+
+def rank_count(lost_rank: CountOrFraction, smaller: int) -> int:
+    """R as a count: a float is a fraction of `smaller` = min(in_features, out_features), rounded down, at least 1."""
+    return lost_rank if isinstance(lost_rank, int) else max(1, int(lost_rank * smaller + ROUNDING))
+
+
+def kept_count(density: float, num_channels: int) -> int:
+    """S = max(1, int(density * num_channels)), and 0 where density is 0."""
+    return max(1, int(density * num_channels + ROUNDING)) if density > 0 else 0
 
 
 def lost_shapes(config: LostConfig, linears: Iterable[LinearShape]) -> list[LostShape]:

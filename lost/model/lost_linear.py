@@ -10,6 +10,7 @@ import torch
 from lost_kernels.lost_linear import lost_linear
 from torch import Tensor, nn
 
+from lost.accounting.targets import kept_count, rank_count
 from lost.config.schema import Activation, CountOrFraction, LostConfig
 from lost.model.lost_init import Factors, factorise
 from lost.utils.errors import ConfigError, ShapeError
@@ -24,18 +25,13 @@ def rank_of(lost_rank: CountOrFraction, in_features: int, out_features: int) -> 
         ShapeError: the rank is above min(in_features, out_features) or below 1.
     """
     largest = min(in_features, out_features)
-    rank = max(1, int(lost_rank * largest + 1e-9)) if isinstance(lost_rank, float) else lost_rank
+    rank = rank_count(lost_rank, largest)
     if not 1 <= rank <= largest or (isinstance(lost_rank, float) and not 0 < lost_rank <= 1):
         raise ShapeError(
             f"lost_rank = {lost_rank} for a linear {in_features} -> {out_features}: choose a rank from 1 to"
             f" min(in_features, out_features) = {largest}, or a fraction above 0 and at most 1"
         )
     return rank
-
-
-def num_kept_of(density: float, num_channels: int) -> int:
-    """S = max(1, int(density * num_channels)), and 0 where density is 0. The 1e-9 mends 0.29 * 100 = 28.999..."""
-    return max(1, int(density * num_channels + 1e-9)) if density > 0 else 0
 
 
 class LostLinear(nn.Module):
@@ -99,7 +95,7 @@ class LostLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.lost_rank = rank_of(lost_rank, in_features, out_features)
         self.selection_axis = selection_axis
-        self.num_kept = num_kept_of(density, in_features if selection_axis == "columns" else out_features)
+        self.num_kept = kept_count(density, in_features if selection_axis == "columns" else out_features)
         self.activation = activation
         self.gamma_mode = gamma_mode
         self.initial_gamma = float(gamma)
