@@ -106,3 +106,19 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
     assert done.stdout == ""
+
+
+def test_it_ends_at_the_deadline(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--deadline-seconds", "0.5"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert lines[-1]["item"] == "end"
+    assert lines[-1]["status"] == "failed"
+    assert all(line["status"] == "left out" for line in lines[:-1])
