@@ -11,7 +11,9 @@ def wrap_model(model: nn.Module, config: RuntimeConfig, runtime: Runtime) -> nn.
     model.to(runtime.device)
     model.train()
     if config.recompute == "block":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+        # transformers renamed it; 5.17 has the old name only.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
     if config.compile:
         for block in blocks(model):
             block.compile()
