@@ -79,7 +79,8 @@ def load_checkpoint(place: Place, tokenizer: PreTrainedTokenizerBase, dtype: tor
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = llama_config(run_config.model, run_config.parameterization, ids)
     kind = LostLlamaForCausalLM if isinstance(config, LostLlamaConfig) else LlamaForCausalLM
-    stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    # Not just any tensor: a learnable gamma is float32 among bfloat16 weights.
+    stored = tensors["model.embed_tokens.weight"].dtype
     return from_pretrained(kind, place, None, config=config, state_dict=tensors, dtype=dtype or stored)
 
 

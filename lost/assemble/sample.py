@@ -14,7 +14,9 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
     prompt = rows.read([0])["input_ids"][:, :PROMPT_TOKENS].to(model.device)
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng():
+    devices = [model.device] if model.device.type == "cuda" else []
+    # Compiled blocks would be compiled again for every length of the text.
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         output = model.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             prompt,

@@ -3,17 +3,20 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lost.assemble.load import load_model
 from lost.config.schema import DenseConfig, ModelConfig, ParameterizationConfig, PretrainConfig
 from lost.config.section import build
-from lost.model import LostLlamaConfig, build_model
+from lost.model import LostLlamaConfig, build_model, empty_model
 from lost.model.build import llama_config
 from lost.utils.errors import ConfigError
+
+MakeModel = Callable[[torch.dtype, PreTrainedTokenizerBase], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,17 @@ class Start:
 
     config: PretrainConfig
     tokenizer: PreTrainedTokenizerBase | None
-    make_model: Callable[[torch.dtype, PreTrainedTokenizerBase], PreTrainedModel]
+    make_model: MakeModel
+
+    def make_empty_model(self, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model without values, for those that a checkpoint brings."""
+        config = self.config
+        ids = special_ids(tokenizer)
+        return empty_model(config.model, config.parameterization, dtype=dtype, tokenizer_ids=ids)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def start_of(config: PretrainConfig) -> Start:
@@ -41,7 +54,7 @@ def start_of(config: PretrainConfig) -> Start:
     if not config.source:
 
         def fresh(dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-            ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            ids = special_ids(tokenizer)
             return build_model(config.model, config.parameterization, seed=config.seed, dtype=dtype, tokenizer_ids=ids)
 
         return Start(config, None, fresh)
@@ -56,10 +69,30 @@ def start_of(config: PretrainConfig) -> Start:
     actual = dataclasses.replace(config, model=model, parameterization=parameterization)
 
     def continued(dtype: torch.dtype, _: PreTrainedTokenizerBase) -> PreTrainedModel:
-        # Loaded anew, because Module.to() would round the rotary frequencies and a learnable gamma to bf16 as well.
-        return loaded.model if dtype == torch.float32 else load_model(config.source, dtype=dtype).model
+        # Loaded anew, so that no second copy lives on, and because Module.to() would round the rotary frequencies too.
+        return load_model(config.source, dtype=dtype).model
 
     return Start(actual, loaded.tokenizer, continued)
+
+
+def start_as_stored(config: PretrainConfig, stored: dict[str, Any], run_dir: Path) -> Start:
+    """The start of a run that began from a source and goes on: all is in run_dir, the source may be gone.
+
+    Args:
+        stored: the settings in run_dir, whose model and parameterization are the source's.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", local_files_only=True)
+    model, parameterization = (
+        build(ModelConfig, stored["model"]),
+        build(ParameterizationConfig, stored["parameterization"]),
+    )
+
+    def no_fresh_weights(*_: object) -> PreTrainedModel:
+        raise AssertionError("a stored run has a checkpoint")
+
+    return Start(
+        dataclasses.replace(config, model=model, parameterization=parameterization), tokenizer, no_fresh_weights
+    )
 
 
 def sections_of(model: PreTrainedModel, origin: str) -> tuple[ModelConfig, ParameterizationConfig]:

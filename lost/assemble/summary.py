@@ -54,16 +54,18 @@ def print_start(config: PretrainConfig, runtime: Runtime, prepared: Prepared, st
 def print_summary(config: PretrainConfig, run_dir: Path) -> None:
     """What came out, where it is and what to try next."""
     steps, evaluations = training_and_evaluation(run_dir)
-    before, after = evaluations[0], evaluations[-1]
     table = key_value_table(f"Finished: {run_dir}")
     table.add_row("parameters", parameter_words(config))
-    table.add_row("steps", f"{after['step']:,} ({steps[-1]['skipped_steps']} skipped)")
-    table.add_row("tokens seen", f"{steps[-1]['tokens_seen']:,}")
-    table.add_row(
-        "validation perplexity", f"{before['eval/perplexity']:.1f} before, {after['eval/perplexity']:.2f} after"
-    )
-    table.add_row("tokens/s", f"{median(line['tokens_per_second'] for line in steps):,.0f} (median of the steps)")
-    table.add_row("peak memory", f"{max(line['peak_memory_gib'] for line in steps):.2f} GiB a process")
+    # A run that only took over another one's last checkpoint has no training lines.
+    if steps:
+        table.add_row("steps", f"{steps[-1]['step']:,} ({steps[-1]['skipped_steps']} skipped)")
+        table.add_row("tokens seen", f"{steps[-1]['tokens_seen']:,}")
+    if evaluations:
+        before, after = (evaluations[i]["eval/perplexity"] for i in (0, -1))
+        table.add_row("validation perplexity", f"{before:.1f} before, {after:.2f} after")
+    if steps:
+        table.add_row("tokens/s", f"{median(line['tokens_per_second'] for line in steps):,.0f} (median of the steps)")
+        table.add_row("peak memory", f"{max(line['peak_memory_gib'] for line in steps):.2f} GiB a process")
     table.add_row("model", f"{run_dir / 'final'}")
     table.add_row("metrics, plots", f"{run_dir / 'metrics.jsonl'}, {run_dir / 'plots'}")
     console = Console()

@@ -65,14 +65,16 @@ class CheckpointManager:
         self._prune(newest=target)
         return target
 
-    def load(self, path: str | Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    def load(self, path: str | Path, *, is_verified: bool = False) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Tensors (on the CPU, by file name and name) and facts of a checkpoint, verified first.
 
+        Args:
+            is_verified: another process of this run has just computed the sums of its files.
         Raises:
             CheckpointError: names the file that is missing, damaged or not allowed, and what to do.
         """
         path = Path(path)
-        manifest = self._verify_or_advise(path)
+        manifest = read_manifest(path) if is_verified else self._verify_or_advise(path)
         tensors = {
             name.removesuffix(".safetensors"): read_tensors(
                 path / name, manifest.aliases.get(name.removesuffix(".safetensors"), {})

@@ -370,7 +370,6 @@ class DeviceConfig(Section):
         "bf16: autocast over fp32 weights; pure_bf16: weights, gradients and optimizer in bf16;"
         " auto: bf16 on a GPU that has it, else fp32",
         "auto",
-        is_fixed_on_resume=True,
     )
     num_threads: int = setting("CPU threads a process; 0: torch's choice", 0, at_least=0)
 

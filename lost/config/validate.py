@@ -182,6 +182,11 @@ def source_problems(source: str) -> list[str]:
     return _missing_path_problem("source", source, "a run directory, a checkpoint, an export or a hub id")
 
 
+def pretrain_source_problems(source: str, run_dir: str) -> list[str]:
+    """A run that goes on has all it needs in run_dir: its source may be gone."""
+    return [] if (Path(run_dir).expanduser() / "config.yaml").is_file() else source_problems(source)
+
+
 def needed_source_problems(source: str) -> list[str]:
     return [] if source else ["source is empty: name a run directory, a checkpoint, an export or a hub id"]
 
@@ -260,7 +265,7 @@ PREPARE_RULES: tuple[Rule, ...] = (
     train_file_problems,
     file_problems,
     tokenizer_problems,
-    source_problems,
+    pretrain_source_problems,
     run_dir_problems,
     resume_problems,
     pretrain_evaluation_problems,

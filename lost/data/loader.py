@@ -1,5 +1,6 @@
 """Batches of training steps: the only state is the step."""
 
+import signal
 from collections.abc import Iterator
 from itertools import count
 
@@ -50,8 +51,15 @@ def train_batches(
         pin_memory=pin_memory,
         # Its own generator: the default one would draw from torch's global random numbers at every start.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_leave_signals_to_the_loop,
     )
     return _steps(iter(loader), num_micro_steps)
+
+
+def _leave_signals_to_the_loop(_: int) -> None:
+    """Launchers signal the whole process group; the readers must live until the loop has finished its step."""
+    for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(stop_signal, signal.SIG_IGN)
 
 
 def _steps(micro_batches: Iterator[Batch], num_micro_steps: int) -> Iterator[list[Batch]]:

@@ -1,6 +1,6 @@
 """The LOST layer, what puts it into a module, and the model types that transformers knows after this import."""
 
-from lost.model.build import build_model
+from lost.model.build import build_model, empty_model
 from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM, LostLlamaModel, register
 from lost.model.inject import InjectionReport, inject
 from lost.model.lost_linear import LostLinear
@@ -14,5 +14,6 @@ __all__ = [
     "LostLlamaForCausalLM",
     "LostLlamaModel",
     "build_model",
+    "empty_model",
     "inject",
 ]

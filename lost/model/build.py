@@ -41,12 +41,37 @@ def build_model(
     Raises:
         ConfigError: a token id outside the vocabulary, or a parameterization that does not fit the architecture.
     """
+    net = empty_model(model, parameterization, device=device, dtype=dtype, tokenizer_ids=tokenizer_ids)
+    initialise(net, parameterization, seed)
+    return net
+
+
+def empty_model(
+    model: ModelConfig,
+    parameterization: ParameterizationConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer_ids: Mapping[str, int | None] | None = None,
+) -> PreTrainedModel:
+    """`build_model` without its values, for weights that a checkpoint brings: nothing is drawn or factorised.
+
+    Parameters and persistent buffers hold whatever was in memory; the rotary embedding and the norms are set.
+    """
     linear_costs(model, parameterization)
     net = build_meta_model(model, parameterization, dtype=dtype, tokenizer_ids=tokenizer_ids)
     net.to_empty(device=device)
     net.tie_weights()
-    initialise(net, parameterization, seed)
+    for module in net.modules():
+        if not _is_drawn(module, parameterization):
+            net._init_weights(module)
     return net
+
+
+def _is_drawn(module: nn.Module, parameterization: ParameterizationConfig) -> bool:
+    """Whether initial values of the module are random numbers; norms and the rotary embedding draw none."""
+    is_layer = parameterization_of(parameterization).is_layer(module)
+    return is_layer or isinstance(module, nn.Linear | nn.Embedding)
 
 
 def build_meta_model(
@@ -120,7 +145,7 @@ def token_ids(model: ModelConfig, tokenizer_ids: Mapping[str, int | None]) -> di
 
 @torch.no_grad()
 def initialise(net: PreTrainedModel, parameterization: ParameterizationConfig, seed: int) -> None:
-    """Initial values of every parameter and buffer of `net`, module by module; at most one W0 a CPU thread lives.
+    """Random initial values of an `empty_model`, module by module; at most one W0 a CPU thread lives.
 
     Numerics: N(0, initializer_range) in float32 on the CPU from (seed, name), norms 1, biases 0; the pad row of the
     embedding is 0, as transformers has it.
@@ -143,9 +168,6 @@ def initialise(net: PreTrainedModel, parameterization: ParameterizationConfig, s
             module.weight.copy_(draw(seed, f"{name}.weight", tuple(module.weight.shape), std))
             if module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
-        else:
-            # Norms and the buffers of the rotary embedding draw nothing.
-            net._init_weights(module)
     for _ in run_side_by_side(jobs):
         pass
 

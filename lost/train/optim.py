@@ -45,7 +45,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Puts the state of `optimizer_tensors` back.
+    """Puts the state of `optimizer_tensors` back; the optimizer may keep `tensors` as its own.
 
     Raises:
         CheckpointError: state for a parameter that the model does not have.
@@ -57,6 +57,6 @@ def load_optimizer_tensors(
         name, key = full_key.rsplit("/", 1)
         if name not in order:
             raise CheckpointError(f"the checkpoint has optimizer state for {name}, which this model does not train")
-        state.setdefault(order.index(name), {})[key] = value.clone()
+        state.setdefault(order.index(name), {})[key] = value
     packed = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})

@@ -1,12 +1,14 @@
 """Processes, device and precision, decided once and printed before step 1."""
 
 import os
+import re
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lost.config.schema import DeviceConfig, RuntimeConfig
 from lost.utils.errors import ConfigError
@@ -80,7 +82,7 @@ class Runtime:
             return configured
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-            known = next((peak for key, peak in GPU_PEAK_TFLOPS.items() if key in name), None)
+            known = next((peak for key, peak in GPU_PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
             if known:
                 return known
         return self._measured_tflops
@@ -107,7 +109,7 @@ def pick_device(wanted: str) -> torch.device:
 
 def pick_precision(wanted: str, device: torch.device) -> str:
     """fp32, bf16 or pure_bf16; auto is bf16 on a GPU that has it, else fp32."""
-    has_gpu_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_gpu_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "auto":
         return "bf16" if has_gpu_bf16 else "fp32"
     if wanted != "fp32" and device.type == "cuda" and not has_gpu_bf16:
@@ -126,7 +128,6 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
     Raises:
         ConfigError: runtime=single under a launcher of several processes, or a device or precision that is not there.
     """
-    set_num_threads(config)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if config.name == "single" and launched > 1:
         raise ConfigError(f"runtime = single, but {launched} processes were launched: use runtime=ddp or auto")
@@ -138,8 +139,14 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=device.type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            # Process 0 may read and write checkpoints of many GiB while the others wait.
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
     )
+    # After accelerate, which sets its own number on a CPU.
+    set_num_threads(config)
     return Runtime(accelerator, pick_precision(config.precision, device))
 
 

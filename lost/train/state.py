@@ -23,6 +23,7 @@ class TrainState:
     Attributes:
         step: optimizer steps done, skipped ones included.
         tokens_seen: label tokens trained on, padding left out, over all processes.
+        owes_evaluation: the run was asked to stop at a step that is evaluated, and has not done that yet.
         skipped_steps: steps whose loss or gradient was not finite, in all and since the last good one.
     """
 
@@ -30,6 +31,7 @@ class TrainState:
     tokens_seen: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    owes_evaluation: bool = False
 
     def record(self, num_tokens: int, is_skipped: bool) -> None:
         self.tokens_seen += num_tokens

@@ -18,6 +18,8 @@ class StopRequest:
     def __init__(self, max_hours: float = 0.0):
         self.signal_name = ""
         self.max_hours = max_hours
+        # Of all processes, as the loop's last reduction saw it.
+        self.num_signalled = 0
         self._deadline = time.monotonic() + max_hours * 3600 if max_hours else float("inf")
         self._previous: dict[signal.Signals, object] = {}
 
@@ -27,7 +29,8 @@ class StopRequest:
 
     @property
     def is_by_signal(self) -> bool:
-        return bool(self.signal_name)
+        """Whether any process of the run was signalled."""
+        return bool(self.signal_name) or self.num_signalled > 0
 
     @property
     def reason(self) -> str:

@@ -93,8 +93,9 @@ def fit(
         TrainingError: too many steps in a row without a finite loss and gradient.
     """
     num_steps = run.config.train.num_steps
-    if state.step == 0:
-        run.metrics.log({"step": 0, **evaluate()})
+    if state.step == 0 or state.owes_evaluation:
+        run.metrics.log({"step": state.step, **evaluate()})
+        state.owes_evaluation = False
     with run.progress, run.profiler:
         while state.step < num_steps:
             state.step += 1
@@ -105,7 +106,10 @@ def fit(
             stop_if_diverged(run, state)
             is_last = state.step == num_steps
             should_stop = result.should_stop and not is_last
-            if is_last or is_due(state.step, run.config.evaluation.every_steps):
+            is_evaluation_due = is_last or is_due(state.step, run.config.evaluation.every_steps)
+            # Little time is left after a request to stop: the run evaluates when it goes on.
+            state.owes_evaluation = is_evaluation_due and should_stop
+            if is_evaluation_due and not should_stop:
                 run.metrics.log({"step": state.step, **evaluate()})
             if is_last or should_stop or is_due(state.step, run.config.checkpoint.every_steps):
                 save(state)
@@ -169,8 +173,9 @@ def forward_loss_sum(run: Run, batch: Batch) -> torch.Tensor:
 def count_over_processes(run: Run, micro_batches: list[Batch]) -> tuple[int, int]:
     """(label tokens of the global batch, processes asked to stop), in one reduction."""
     num_tokens = sum(int(count_label_tokens(batch["labels"])) for batch in micro_batches)
-    counts = torch.tensor([num_tokens, int(run.stop.is_requested)], device=run.runtime.device)
-    total_tokens, num_stop_requests = run.runtime.sum_over_processes(counts).tolist()
+    own = [num_tokens, int(run.stop.is_requested), int(run.stop.is_by_signal)]
+    counts = torch.tensor(own, device=run.runtime.device)
+    total_tokens, num_stop_requests, run.stop.num_signalled = run.runtime.sum_over_processes(counts).tolist()
     return total_tokens, num_stop_requests
 
 
@@ -202,7 +207,8 @@ def report(run: Run, state: TrainState, result: StepResult) -> None:
         "step_seconds": result.seconds,
         "peak_memory_gib": peak_memory_gib(),
     }
-    if is_due(state.step, run.config.logging.every_steps) or result.is_skipped:
+    is_last = state.step == run.config.train.num_steps
+    if is_due(state.step, run.config.logging.every_steps) or result.is_skipped or is_last:
         run.metrics.log(line)
     run.progress.update(line)
 
@@ -214,5 +220,5 @@ def stop_if_diverged(run: Run, state: TrainState) -> None:
         raise TrainingError(
             f"step {state.step}: {state.skipped_in_a_row} steps in a row had a non-finite loss or gradient"
             f" (train.max_skipped_steps = {limit}). Lower optimizer.learning_rate, lengthen schedule.warmup_steps,"
-            " or use runtime.precision=fp32; the last checkpoint is from before them"
+            " or use runtime.precision=fp32. These steps left the weights as they were"
         )

@@ -1,5 +1,6 @@
 """What is done to a finished model so that it trains: recompute, compile, DDP. The model knows nothing of it."""
 
+import torch
 from torch import nn
 
 from lost.config.schema import RuntimeConfig
@@ -10,6 +11,10 @@ def wrap_model(model: nn.Module, config: RuntimeConfig, runtime: Runtime) -> nn.
     """The module whose forward trains; parameters stay those of `model`."""
     model.to(runtime.device)
     model.train()
+    if runtime.num_processes > 1:
+        # DDP sends process 0's parameters to the others; the kept channels must be process 0's as well.
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
     if config.recompute == "block":
         # transformers renamed it; 5.17 has the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

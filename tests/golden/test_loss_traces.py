@@ -1,7 +1,7 @@
 """50 steps of a tiny model against stored losses: a change that should not alter numbers does not.
 
-The traces were written by `python tests/golden/test_loss_traces.py`. A change that should alter them stores new ones and
-says so in its message.
+`python tests/golden/test_loss_traces.py` writes the traces. A change that should alter them stores new ones and says
+so in its message.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Whole runs in this process: precisions, recompute, compile, profiling, resume, sources, stopping, bad starts."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -93,12 +94,12 @@ def test_profile_writes_a_trace_of_the_steps(corpus, tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(baseline, corpus, tmp_path):
-    """max_hours stops it after every step; the same command goes on each time."""
+    """max_hours stops it after every step, at 5 before an evaluation; the same command goes on each time."""
     run_dir = tmp_path / "run"
-    for _ in range(3):
+    for _ in range(6):
         assert lost_here(*tiny_run(run_dir, corpus, "train.max_hours=1e-9")) == 0
         assert json.loads((run_dir / "status.json").read_text())["state"] == "preempted"
-    assert len(losses(run_dir)) == 3
+    assert len(losses(run_dir)) == 6
     assert lost_here(*tiny_run(run_dir, corpus)) == 0
     assert read_metrics(run_dir) == read_metrics(baseline)
     ours, theirs = (load_file(d / "final" / "model.safetensors") for d in (run_dir, baseline))
@@ -110,6 +111,29 @@ def test_a_finished_run_says_so_again(baseline, corpus, capsys):
     assert lost_here(*tiny_run(baseline, corpus)) == 0
     assert "Finished" in capsys.readouterr().out
     assert (baseline / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_with_other_settings_says_so(baseline, corpus, capsys):
+    assert lost_here(*tiny_run(baseline, corpus, "optimizer.learning_rate=0.5")) == 2
+    assert "optimizer.learning_rate: finished with 0.003, now 0.5" in capsys.readouterr().err
+
+
+def test_a_final_model_is_not_replaced_by_a_run_that_starts_anew(corpus, tmp_path, capsys):
+    run_dir = run(tmp_path, corpus, "train.max_steps=2")
+    shutil.rmtree(run_dir / "checkpoints")
+    assert lost_here(*tiny_run(run_dir, corpus, "train.max_steps=4")) == 2
+    assert f"source={run_dir}" in capsys.readouterr().err
+
+
+def test_fewer_steps_than_the_checkpoint_has_is_an_error(baseline, corpus, capsys):
+    assert lost_here(*tiny_run(baseline, corpus, "train.max_steps=6")) == 2
+    assert "is after step 12" in capsys.readouterr().err
+
+
+def test_few_training_lines_still_make_a_summary(corpus, tmp_path, capsys):
+    run_dir = run(tmp_path, corpus, "train.max_steps=3", "logging.every_steps=100")
+    assert [line["step"] for line in read_metrics(run_dir) if "loss" in line] == [3]
+    assert "validation perplexity" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -159,6 +183,22 @@ def test_pretraining_goes_on_from_an_export(baseline, corpus, tmp_path):
     # Same weights and same validation set: the loss before the first step is the source's last.
     assert first["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
     assert (run_dir / "tokenizer" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_such_a_run_goes_on_when_its_source_is_gone(baseline, corpus, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(baseline / "final", source)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+
+    def keys(run_dir):
+        common = [key for key in tiny_run(run_dir, corpus) if not key.startswith(("model", "parameterization"))]
+        return [*common, f"source={source}", "train.max_steps=4"]
+
+    assert lost_here(*keys(unbroken)) == 0
+    assert lost_here(*keys(broken), "train.max_hours=1e-9") == 0
+    shutil.rmtree(source)
+    assert lost_here(*keys(broken)) == 0
+    assert read_metrics(broken) == read_metrics(unbroken)
 
 
 def test_several_validation_sets_are_named(corpus, tmp_path):

@@ -1,0 +1,104 @@
+"""Whether a run directory holds this run already, and the checkpoint to go on from."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.utils import broadcast_object_list
+
+from lost.checkpoint import CheckpointManager, check_same, differences, fixed_keys, read_status
+from lost.config.schema import PretrainConfig
+from lost.config.section import leaves, to_dict
+from lost.data import Prepared
+from lost.train.runtime import Runtime
+from lost.train.state import TrainState, restore
+from lost.utils.errors import CheckpointError
+
+# Settings that do not change what a finished run came to.
+WITHOUT_EFFECT_ON_RESULTS = (
+    *("logging.", "checkpoint.", "runtime.", "run_dir", "data.cache_dir", "data.num_workers"),
+    *("train.micro_batch_size", "train.max_hours", "train.max_skipped_steps", "evaluation.micro_batch_size"),
+)
+
+
+def stored_config(run_dir: Path) -> dict[str, Any] | None:
+    """The settings of the run that run_dir holds; None where it holds neither a checkpoint nor a final model."""
+    path = run_dir / "config.yaml"
+    has_results = (run_dir / "final").is_dir() or CheckpointManager(run_dir / "checkpoints").complete()
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() and has_results else None
+
+
+def is_finished(config: PretrainConfig, run_dir: Path, stored: dict[str, Any]) -> bool:
+    """Whether run_dir holds this very run, done to the last step asked for.
+
+    Raises:
+        CheckpointError: it is done, but with other settings.
+    """
+    status = read_status(run_dir)
+    is_done = status is not None and status["state"] == "finished" and status["step"] == config.train.num_steps
+    if not is_done or config.checkpoint.resume not in ("auto", "must") or not (run_dir / "final").is_dir():
+        return False
+    keys = [key for key, _, _ in leaves(config) if not key.startswith(WITHOUT_EFFECT_ON_RESULTS)]
+    # max_tokens and max_steps are two ways to say the number of steps, which was compared above.
+    keys = [key for key in keys if key not in ("train.max_steps", "train.max_tokens")]
+    lines = differences(stored, to_dict(config), keys)
+    if lines:
+        listed = "\n".join(f"  - {line.replace(': checkpoint ', ': finished with ')}" for line in lines)
+        raise CheckpointError(f"{run_dir} holds a finished run with other settings:\n{listed}\nChoose another run_dir")
+    return True
+
+
+def find_checkpoint(config: PretrainConfig, manager: CheckpointManager, runtime: Runtime) -> Path | None:
+    """The checkpoint to go on from, the same on every process.
+
+    Raises:
+        CheckpointError: run_dir does not hold what checkpoint.resume asks for, or has a final model but no checkpoint.
+    """
+    found: list[Path | None] = [None]
+    if runtime.is_main:
+        manager.clean()
+        found = [manager.resolve(config.checkpoint.resume)]
+        if found == [None] and (Path(config.run_dir) / "final").is_dir():
+            raise CheckpointError(
+                f"{config.run_dir} holds a final model but no checkpoint to go on from, and starting anew would replace"
+                f" it: start from its weights with source={config.run_dir} and another run_dir"
+            )
+    return broadcast_object_list(found)[0]
+
+
+def load_checkpoint(
+    path: Path,
+    manager: CheckpointManager,
+    config: PretrainConfig,
+    prepared: Prepared,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+) -> TrainState:
+    """Model, optimizer, random generators and counters of a checkpoint, put in place.
+
+    Raises:
+        CheckpointError: it was made with other settings, precision or data, or lies after the last step.
+    """
+    # Process 0 has verified it while choosing it.
+    tensors, facts = manager.load(path, is_verified=not runtime.is_main)
+    check_same(facts["config"], to_dict(config), fixed_keys(config), path)
+    if facts["precision"] != runtime.precision:
+        raise CheckpointError(
+            f"{path} was trained in {facts['precision']}, and this run would go on in {runtime.precision}: set"
+            f" runtime.precision={facts['precision']}"
+        )
+    if facts["data_fingerprint"] != prepared.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on other data: its rows have the fingerprint {facts['data_fingerprint']}, those of"
+            f" data={to_dict(config.data)['name']} now {prepared.fingerprint}. Bring the old data (for stdlib: the old"
+            " Python version) back, or start a new run from its weights: source=<run_dir> run_dir=<new folder>"
+        )
+    state = restore(model, optimizer, runtime, tensors, facts)
+    if state.step > config.train.num_steps:
+        raise CheckpointError(
+            f"{path} is after step {state.step}, and train.max_steps or max_tokens ends the run at step"
+            f" {config.train.num_steps}: raise it, or choose another run_dir"
+        )
+    return state
