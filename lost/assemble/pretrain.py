@@ -1,6 +1,6 @@
 """Builds a pre-training run from its config and carries it out: config -> data -> model -> train -> final."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from lost.checkpoint import (
 from lost.checkpoint.run_dir import RunState
 from lost.config.schema import PretrainConfig
 from lost.config.section import to_dict
-from lost.data import Prepared, prepare, train_batches
+from lost.data import Batch, Prepared, prepare, train_batches
 from lost.data.progress import PreparationBar
 from lost.export import save_final
 from lost.train.metrics import MetricsLogger, Progress
@@ -95,16 +95,19 @@ def carry_out(start: Start, runtime: Runtime, stack: ExitStack) -> int:
         runtime.accelerator.wait_for_everyone()
         metrics = MetricsLogger(run_dir, config.logging, runtime.is_main, to_dict(config))
         stack.callback(metrics.close)
+        batches = batches_of(config, prepared, runtime, state)
+        # Ends the reading processes, which no longer listen to signals.
+        stack.callback(batches.close)
         run = Run(
             config=config,
             runtime=runtime,
             model=model,
             wrapped=wrapped,
             optimizer=optimizer,
-            batches=batches_of(config, prepared, runtime, state),
+            batches=batches,
             metrics=metrics,
             progress=Progress(config.train.num_steps, state.step, is_main=runtime.is_main),
-            stop=stack.enter_context(StopRequest(config.train.max_hours)),
+            stop=stack.enter_context(StopRequest(config.train.max_hours, runtime.is_main)),
             profiler=StepProfiler(config.runtime.profile_steps, run_dir / "profile", runtime.process_index),
             flops_per_token=flops_per_token(config.model, config.parameterization, config.train.seq_len),
             peak_flops=runtime.peak_tflops(config.runtime.peak_tflops) * 1e12,
@@ -209,7 +212,9 @@ def prepare_data(start: Start, runtime: Runtime) -> Prepared:
         )
 
 
-def batches_of(config: PretrainConfig, prepared: Prepared, runtime: Runtime, state: TrainState):
+def batches_of(
+    config: PretrainConfig, prepared: Prepared, runtime: Runtime, state: TrainState
+) -> Generator[list[Batch], None, None]:
     """This process's micro-batches from the next step on."""
     return train_batches(
         prepared.train,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lost.accounting import count_parameters
-from lost.config.schema import DenseConfig, PretrainConfig
+from lost.config.schema import DenseConfig, PretrainConfig, StdlibDataConfig
 from lost.config.section import to_dict
 from lost.data import Prepared
 from lost.train.runtime import Runtime
@@ -81,15 +81,16 @@ def print_summary(config: PretrainConfig, run_dir: Path) -> None:
 
 
 def next_commands(config: PretrainConfig, run_dir: Path) -> list[str]:
-    is_dense = isinstance(config.parameterization, DenseConfig)
-    other = "lost" if is_dense else "dense"
-    return [
-        f'lost generate source={run_dir} prompt="def read("',
+    is_stdlib = isinstance(config.data, StdlibDataConfig)
+    commands = [
+        f"lost generate source={run_dir} prompt=" + ('"def read("' if is_stdlib else '"..."'),
         f"lost evaluate source={run_dir}",
         f"lost export source={run_dir} to=my_model",
-        f"lost pretrain parameterization={other}        # the same run with the other kind of layer",
-        "lost plan                                 # what the larger models need",
     ]
+    if config.experiment == "quickstart" and is_stdlib:
+        other = "lost" if isinstance(config.parameterization, DenseConfig) else "dense"
+        commands.append(f"lost pretrain parameterization={other}        # the quickstart with the other kind of layer")
+    return [*commands, "lost plan                                 # what the larger models need"]
 
 
 def key_value_table(title: str) -> Table:

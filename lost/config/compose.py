@@ -82,6 +82,7 @@ def read_overrides(command: str, overrides: list[str]) -> Request:
             _choose(command, request, key, text.strip())
         else:
             _set(command, request, key, text)
+    _one_length(request)
     return request
 
 
@@ -112,6 +113,12 @@ def _set(command: str, request: Request, key: str, text: str) -> None:
     request.problems.append(f"unknown key {key}{_nearest_key(command, key)}")
 
 
+def _one_length(request: Request) -> None:
+    """Whoever types only max_tokens means it: the experiment's max_steps must not end the run before."""
+    if ("train", "max_tokens") in request.values:
+        request.values.setdefault(("train", "max_steps"), 0)
+
+
 def _entry_hint(hint: Any) -> Any:
     """The type of a map's entries, or None for what is no map."""
     options = [hint, *getattr(hint, "__args__", ())]
@@ -125,6 +132,9 @@ def _nearest_key(command: str, key: str) -> str:
     same = [name for name in known if name.rpartition(".")[2] == last]
     if same:
         return f" (did you mean {' or '.join(same)}?)"
+    inside = [name for name in known if name.startswith(f"{key.rpartition('.')[0]}.")]
+    if inside:
+        return nearest(key, inside) or f": the keys there are {', '.join(inside)}"
     by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
     found = nearest(key, [*known, *groups(command)])
     if found:

@@ -1,7 +1,7 @@
 """Batches of training steps: the only state is the step."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import count
 
 import numpy as np
@@ -23,8 +23,8 @@ def train_batches(
     num_processes: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[list[Batch]]:
-    """The micro-batches of this process, step after step, without end.
+) -> Generator[list[Batch], None, None]:
+    """The micro-batches of this process, step after step, without end; close() it to end the reading processes.
 
     Step s reads places [(s - 1) * G, s * G) of the endless order; micro-step m of process p reads the
     `micro_batch_size` places from (s - 1) * G + (m * num_processes + p) * micro_batch_size. So several processes
@@ -62,7 +62,8 @@ def _leave_signals_to_the_loop(_: int) -> None:
         signal.signal(stop_signal, signal.SIG_IGN)
 
 
-def _steps(micro_batches: Iterator[Batch], num_micro_steps: int) -> Iterator[list[Batch]]:
+def _steps(micro_batches: Iterator[Batch], num_micro_steps: int) -> Generator[list[Batch], None, None]:
+    # The only reference to the loader's iterator is in this frame: closing the generator ends its processes.
     while True:
         yield [next(micro_batches) for _ in range(num_micro_steps)]
 

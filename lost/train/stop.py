@@ -1,5 +1,6 @@
 """Being asked to stop: a signal or the wall-clock limit. The loop finishes its step, saves and leaves."""
 
+import os
 import signal
 import time
 from types import FrameType
@@ -13,9 +14,11 @@ class StopRequest:
 
     Args:
         max_hours: wall-clock limit from now, in hours; 0 = none.
+        is_main: whether this process says that it was asked.
     """
 
-    def __init__(self, max_hours: float = 0.0):
+    def __init__(self, max_hours: float = 0.0, is_main: bool = False):
+        self._is_main = is_main
         self.signal_name = ""
         self.max_hours = max_hours
         # Of all processes, as the loop's last reduction saw it.
@@ -54,4 +57,7 @@ class StopRequest:
         # A second Ctrl-C means now.
         if self.signal_name and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._is_main and not self.signal_name:
+            # Not print: a signal may arrive in the middle of one.
+            os.write(2, b"\nstopping: finishing this step and saving (Ctrl-C again stops at once)\n")
         self.signal_name = signal.Signals(number).name

@@ -305,3 +305,15 @@ class TestConfigFile:
     def test_an_experiment_does_not_go_with_a_file(self, saved):
         (problem,) = problems_of("pretrain", "experiment=c4_60m", config_file=str(saved))
         assert "experiment=c4_60m with --config-file" in problem
+
+
+def test_max_tokens_alone_is_the_length_of_the_run():
+    train = compose("pretrain", ["train.max_tokens=1_000_000"]).train
+    assert (train.max_steps, train.num_steps) == (0, 245)
+    both = compose("pretrain", ["train.max_tokens=1_000_000", "train.max_steps=7"]).train
+    assert both.num_steps == 7
+
+
+def test_an_unknown_key_of_a_known_group_lists_the_keys_there():
+    with pytest.raises(ConfigError, match=r"unknown key optimizer\.lr: the keys there are .*optimizer\.learning_rate"):
+        compose("pretrain", ["optimizer.lr=1"])
