@@ -21,14 +21,14 @@ print(report.text_bytes, report.tokens, int(peak) * 1024)
 """
 
 
-def test_six_times_the_text_needs_no_more_memory(tmp_path):
+def test_three_times_the_text_needs_no_more_memory(tmp_path):
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmno", k=rng.randint(2, 9))) for _ in range(5000)]
     block = "\n".join(" ".join(rng.choices(words, k=20)) for _ in range(5000))
     train_tokenizer(iter([block]), 2000, tmp_path / "tokenizer")
     # Half of the text is one single document, the other half records.
     record = json.dumps({"text": block[:5000]}) + "\n"
-    for size, count in (("small", 4), ("large", 24)):
+    for size, count in (("small", 12), ("large", 36)):
         (tmp_path / f"{size}.txt").write_text(block * count)
         (tmp_path / f"{size}.jsonl").write_text(record * (len(block) * count // 5000))
     found = {}
@@ -39,9 +39,8 @@ def test_six_times_the_text_needs_no_more_memory(tmp_path):
         found[size] = [int(number) for number in run.stdout.split()]
     (small_bytes, _, small_peak), (large_bytes, large_tokens, large_peak) = found["small"], found["large"]
     print(found)
-    assert large_bytes > 25e6
-    assert large_bytes - small_bytes > 20e6
-    assert large_tokens > 5e6
-    # Holding either the text or its tokens would cost 20 MB at least.
+    assert large_bytes - small_bytes > 30e6
+    assert large_tokens > 15e6
+    # Holding either the text or its tokens would cost 30 MB at least; peaks of equal runs differ by up to 5 MB.
     assert large_peak - small_peak < 10e6
     assert large_peak < 1 << 30
