@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lost.utils.errors import CheckpointError
+from lost.utils.files import flush
 
 Tensors = dict[str, torch.Tensor]
 
@@ -35,7 +36,7 @@ def write_tensors(path: Path, tensors: Tensors) -> dict[str, str]:
     stored, aliases = _without_shared_memory(tensors)
     try:
         save_file(stored, path)
-        flush_file(path)
+        flush(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be written: {error}. {_space_left(path)}") from error
     return aliases
@@ -129,23 +130,9 @@ def replace(source: Path, target: Path) -> None:
     """Renames over `target` and flushes the folder, so that the new name survives a power cut."""
     try:
         os.replace(source, target)
-        flush_folder(target.parent)
+        flush(target.parent)
     except OSError as error:
         raise CheckpointError(f"{source} could not be renamed to {target.name}: {error}") from error
-
-
-def flush_file(path: Path) -> None:
-    """Waits until the file's contents are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_folder(path: Path) -> None:
-    """Waits until the folder's list of names is on the disk."""
-    flush_file(path)
 
 
 def _space_left(path: Path) -> str:

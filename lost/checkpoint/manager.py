@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lost.checkpoint.io import Tensors, flush_folder, read_json, read_tensors, replace, write_json, write_tensors
+from lost.checkpoint.io import Tensors, read_json, read_tensors, replace, write_json, write_tensors
 from lost.checkpoint.manifest import Manifest, read_manifest, verify, write_manifest
 from lost.utils.errors import CheckpointError
+from lost.utils.files import flush
 from lost.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -166,7 +167,7 @@ class CheckpointManager:
                 aliases[name] = found
         write_json(folder / FACTS_NAME, facts)
         write_manifest(folder, step, aliases)
-        flush_folder(folder)
+        flush(folder)
 
     def _commit(self, temporary: Path, target: Path) -> None:
         """Gives a complete folder its name. One that has it already moves away first: a kill between the two renames

@@ -11,8 +11,9 @@ import weakref
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lost.checkpoint.io import flush_file, read_json, replace, write_json_atomically, write_text_atomically
+from lost.checkpoint.io import read_json, replace, write_json_atomically, write_text_atomically
 from lost.utils.errors import CheckpointError
+from lost.utils.files import flush
 from lost.utils.logging import get_logger
 
 __all__ = [
@@ -129,7 +130,7 @@ def truncate_metrics(path: str | Path, step: int) -> None:
             kept[_kind(values)] = line
     temporary = path.with_name(f".tmp_{path.name}")
     temporary.write_bytes(b"".join(line + b"\n" for line in kept.values()))
-    flush_file(temporary)
+    flush(temporary)
     replace(temporary, path)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lost.utils.errors import DataError
+from lost.utils.files import flush
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Pa
         try:
             make(making)
             for path in making.rglob("*"):
-                _flush(path)
+                flush(path)
             making.rename(folder)
-            _flush(folder.parent)
+            flush(folder.parent)
         except OSError as error:
             if error.errno not in _DISK_PROBLEMS:
                 raise
@@ -90,12 +91,3 @@ def _locked(folder: Path) -> Iterator[None]:
             logger.info("another process is making %s: waiting for it", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _flush(path: Path) -> None:
-    """Brings a file's or folder's content to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

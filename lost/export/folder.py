@@ -1,6 +1,5 @@
 """Writes a model as a Hugging Face folder that is whole or not there."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lost.export.card import CardFacts, model_card
 from lost.utils.errors import LostError
+from lost.utils.files import flush
 from lost.utils.quiet import quiet_libraries
 
 
@@ -49,7 +49,7 @@ def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
-        flush_path(folder.parent)
+        flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise LostError(f"{folder} could not be written: {error}. Check the free space and the permissions") from error
     finally:
@@ -70,13 +70,5 @@ def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def flush_to_disk(folder: Path) -> None:
     """Makes every file of the folder survive a loss of power."""
     for path in folder.rglob("*"):
-        flush_path(path)
-    flush_path(folder)
-
-
-def flush_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
+    flush(folder)
