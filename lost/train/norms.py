@@ -29,7 +29,8 @@ def clip_gradients(model: nn.Module, max_grad_norm: float) -> torch.Tensor:
     """Scales all gradients to a global L2 norm of at most max_grad_norm (0 = never); the norm before, float32 []."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    # In float32 also for bfloat16 gradients, which have three digits; one launch on a GPU.
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -26,12 +25,8 @@ from lost.utils.memory import peak_memory_gib
 
 Batch = dict[str, torch.Tensor]
 Evaluate = Callable[[], dict[str, float | int | str]]
-
-
-class SaveCheckpoint(Protocol):
-    """Saves everything of the run at this state; called on every process."""
-
-    def __call__(self, state: TrainState) -> None: ...
+# Saves everything of the run at this state; called on every process.
+SaveCheckpoint = Callable[[TrainState], None]
 
 
 @dataclass
