@@ -200,7 +200,7 @@ def report(run: Run, state: TrainState, result: StepResult) -> None:
         "tokens_per_second": tokens_per_second,
         "mfu": flops / (run.peak_flops * run.runtime.num_processes),
         "step_seconds": result.seconds,
-        "peak_memory_gib": peak_memory_gib(run.runtime.device),
+        "peak_memory_gib": peak_memory_gib(),
     }
     is_last = state.step == run.config.train.num_steps
     if is_due(state.step, run.config.logging.every_steps) or result.is_skipped or is_last:
