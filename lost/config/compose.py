@@ -134,7 +134,10 @@ def _nearest_key(command: str, key: str) -> str:
         return f" (did you mean {' or '.join(same)}?)"
     inside = [name for name in known if name.startswith(f"{key.rpartition('.')[0]}.")]
     if inside:
-        return nearest(key, inside) or f": the keys there are {', '.join(inside)}"
+        # Of the last words, because the group's name alone would make every key there similar.
+        by_word = {name.rpartition(".")[2]: name for name in inside}
+        word = re.search(r"did you mean (.*)\?", nearest(last, by_word))
+        return f" (did you mean {by_word[word[1]]}?)" if word else f": the keys there are {', '.join(inside)}"
     by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
     found = nearest(key, [*known, *groups(command)])
     if found:

@@ -80,7 +80,11 @@ BROKEN_AND_HELD = {
         "data.tokenizer = './no/such' does not exist",
         ["data.tokenizer=t5-base"],
     ),
-    "a source that is not there": (["source=/no/such"], "source = '/no/such' does not exist", ["source=org/name"]),
+    "a source that is not there": (
+        ["source=/no/such", "run_dir=new"],
+        "source = '/no/such' does not exist",
+        ["source=org/name", "run_dir=new"],
+    ),
     "a run directory that is a file": ([f"run_dir={__file__}"], "is a file: name a folder", ["run_dir=new"]),
     "no run directory": (["run_dir="], "run_dir is empty", ["run_dir=new"]),
     "resume": (
