@@ -78,6 +78,19 @@ def lost(*arguments: str, num_processes: int = 1, timeout: float = 300, **extra:
     )
 
 
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """`lost <arguments>`, running on as the leader of its own process group; only standard error is kept, as text."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lost", *arguments],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def succeed(*arguments: str, **options: Any) -> str:
     """`lost`, with its output shown where it fails; returns standard output."""
     done = lost(*arguments, **options)

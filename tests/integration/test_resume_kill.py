@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lost.checkpoint import read_status, write_status
-from lost.testing.runs import environment, lost, lost_here, read_metrics, succeed, tiny_run, write_corpus
+from lost.testing.runs import lost, lost_here, read_metrics, start, succeed, tiny_run, write_corpus
 
 # Wide enough that a checkpoint takes milliseconds to write and a step to compute.
 OVERRIDES = [
@@ -31,17 +30,6 @@ OVERRIDES = [
 
 def command(run_dir: Path, corpus: Path, *overrides: str) -> list[str]:
     return tiny_run(run_dir, corpus, *OVERRIDES, *overrides)
-
-
-def start(arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lost", *arguments],
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def wait_until(process: subprocess.Popen, condition: Callable[[], bool], seconds: float = 200) -> None:
@@ -71,7 +59,7 @@ def kill_a_run(run_dir: Path, corpus: Path, moment: Callable[[], bool], is_hit: 
     if run_dir.exists():
         shutil.copytree(run_dir, before)
     for _ in range(5):
-        process = start(command(run_dir, corpus))
+        process = start(*command(run_dir, corpus))
         wait_until(process, moment)
         kill(process)
         if is_hit():
@@ -250,7 +238,7 @@ def test_the_same_files_with_other_contents_are_refused(broken, corpus, capsys):
 
 def test_a_second_run_in_the_same_run_dir_stops(corpus, tmp_path, capsys):
     run_dir = tmp_path / "run"
-    process = start(command(run_dir, corpus))
+    process = start(*command(run_dir, corpus))
     try:
         wait_until(process, lambda: last_step(run_dir) >= 1)
         # Held still, so that it cannot finish before the second one looks.

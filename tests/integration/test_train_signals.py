@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from lost.testing.runs import environment, lost_here, read_metrics, tiny_run, write_corpus
+from lost.testing.runs import lost_here, read_metrics, start, tiny_run, write_corpus
 
 KEYS = ["train.max_steps=300", "evaluation.every_steps=0", "checkpoint.every_steps=0"]
 
@@ -24,18 +22,6 @@ def unbroken(tmp_path_factory, corpus):
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
     assert lost_here(*tiny_run(run_dir, corpus, *KEYS)) == 0
     return run_dir
-
-
-def start(command):
-    return subprocess.Popen(
-        [sys.executable, "-m", "lost", *command],
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def wait_for_steps(run_dir, process, num_lines):
@@ -55,7 +41,7 @@ def wait_for_steps(run_dir, process, num_lines):
 def test_a_signal_saves_and_the_same_command_goes_on(unbroken, corpus, tmp_path, name, keys):
     run_dir = tmp_path / "run"
     command = tiny_run(run_dir, corpus, *KEYS, *keys)
-    process = start(command)
+    process = start(*command)
     wait_for_steps(run_dir, process, 5)
     # As launchers do: to the process and whatever it started.
     os.killpg(process.pid, signal.Signals[name])
