@@ -17,7 +17,7 @@ FLOAT32_BYTES = 4
 INDEX_BYTES = 8
 
 Precision = Literal["fp32", "bf16", "pure_bf16"]
-Recompute = Literal["none", "block"]
+Recompute = Literal["none", "p0", "block"]
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,16 @@ def state_bytes(model: ModelConfig, parameterization: ParameterizationConfig, pr
     return State(weights, gradients=weights, optimizer=2 * weights, buffers=num_index * INDEX_BYTES)
 
 
-def block_activation_bytes(model: ModelConfig, costs: list[LinearCost], precision: Precision) -> int:
-    """Bytes per token that one block keeps, without recomputation.
+def block_activation_bytes(
+    model: ModelConfig, costs: list[LinearCost], precision: Precision, recompute: Recompute
+) -> int:
+    """Bytes per token that one block keeps between its forward and its backward pass.
 
     Args:
         model: the architecture.
         costs: of the block's seven linear layers.
         precision: of the run.
+        recompute: block counts as none: a block that is made again keeps everything until its backward pass.
     """
     width = WIDTHS[precision]
     key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
@@ -98,7 +101,8 @@ def block_activation_bytes(model: ModelConfig, costs: list[LinearCost], precisio
     attention = 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
     # gate, silu(gate), up and their product.
     mlp = 4 * model.intermediate_size * width.compute
-    layers = sum_of(costs, "saved_values") * width.compute + sum_of(costs, "saved_float32") * FLOAT32_BYTES
+    saved_values = sum_of(costs, "saved_values") + (0 if recompute == "p0" else sum_of(costs, "saved_unless_p0"))
+    layers = saved_values * width.compute + sum_of(costs, "saved_float32") * FLOAT32_BYTES
     return norms + inputs + attention + mlp + layers
 
 
@@ -110,7 +114,8 @@ def activation_bytes_per_token(
     if recompute == "block":
         blocks = model.num_hidden_layers * model.hidden_size * width.weight
     else:
-        blocks = sum(block_activation_bytes(model, costs, precision) for costs in _by_block(model, parameterization))
+        per_block = _by_block(model, parameterization)
+        blocks = sum(block_activation_bytes(model, costs, precision, recompute) for costs in per_block)
     final_norm = model.hidden_size * (FLOAT32_BYTES + width.weight + width.compute) + FLOAT32_BYTES
     return blocks + final_norm
 
@@ -203,7 +208,7 @@ def _block_backward_bytes(
     """Gradients inside one block, its largest weight's before it is added, and the block if it is recomputed."""
     width = WIDTHS[precision]
     largest = max(cost.num_parameters for cost in linear_costs(model, parameterization)[:-1]) * width.weight
-    if recompute == "none":
+    if recompute != "block":
         casts = _cast_bytes(linear_costs(model, parameterization)[:-1], precision)
         # What lives together beside the block's activations, from the order of autograd's operations.
         gradients = (3 * model.intermediate_size + 2 * model.hidden_size) * width.compute
@@ -212,7 +217,8 @@ def _block_backward_bytes(
     per_token = model.intermediate_size * width.compute - model.hidden_size * width.weight
     blocks = _by_block(model, parameterization)
     recomputed = max(
-        tokens * (per_token + block_activation_bytes(model, costs, precision)) + _cast_bytes(costs, precision)
+        tokens * (per_token + block_activation_bytes(model, costs, precision, recompute))
+        + _cast_bytes(costs, precision)
         for costs in blocks
     )
     return largest + recomputed

@@ -8,15 +8,16 @@ from transformers import PreTrainedModel
 
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, SavedBytes, time_interleaved
-from lost.config.schema import AdamWConfig, BenchConfig, DenseConfig
+from lost.config.schema import AdamWConfig, BenchConfig, DenseConfig, RuntimeConfig
 from lost.model import build_model
 from lost.train.optim import build_optimizer
 from lost.train.runtime import pick_device, pick_precision, set_num_threads
+from lost.train.wrap import set_recompute
 from lost.utils.errors import ConfigError
 
 
 def bench_step(config: BenchConfig) -> BenchResult:
-    """Times of training steps on num_tokens // seq_len rows of seq_len random tokens.
+    """Times of training steps on num_tokens // seq_len rows of random tokens, recomputing what training does by default.
 
     Raises:
         ConfigError: num_tokens is no multiple of seq_len, or a row is longer than the model takes.
@@ -39,6 +40,8 @@ def bench_step(config: BenchConfig) -> BenchResult:
         name: build_model(config.model, form, seed=0, device=device, dtype=dtype).train()
         for name, form in forms.items()
     }
+    for model in models.values():
+        set_recompute(model, RuntimeConfig().recompute)
     generator = torch.Generator().manual_seed(0)
     shape = (config.num_tokens // config.seq_len, config.seq_len)
     ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)

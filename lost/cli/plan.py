@@ -227,7 +227,7 @@ def flop_lines(config: PlanConfig, plan: Plan) -> list[tuple[str, str]]:
 def memory_lines(config: PlanConfig, plan: Plan, precision: Precision) -> list[tuple[str, str]]:
     memory, state = plan.memory, plan.memory.state
     form = config.parameterization if plan.form != "dense" else DenseConfig()
-    other: Recompute = "block" if config.runtime.recompute == "none" else "none"
+    other: Recompute = "block" if config.runtime.recompute != "block" else "none"
     with_other = plan_of(config, plan.model, form, precision, other).memory
     tokens = config.train.micro_batch_size * config.train.seq_len
     lines = [

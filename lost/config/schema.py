@@ -382,7 +382,11 @@ class RuntimeConfig(DeviceConfig):
         "auto: ddp when several processes were launched, else single", "auto"
     )
     compile: bool = setting("torch.compile every block", False)
-    recompute: Literal["none", "block"] = setting("activations recomputed in the backward pass", "none")
+    recompute: Literal["none", "p0", "block"] = setting(
+        "what the backward pass makes again to save memory: p0: the input of the up factor of every LOST layer (cheap);"
+        " block: whole blocks; none: nothing, the fastest on a CPU",
+        "p0",
+    )
     profile_steps: int = setting(
         "steps traced with torch's profiler into run_dir/profile, after three steps; 0 = none",
         0,

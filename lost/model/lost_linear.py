@@ -66,6 +66,8 @@ class LostLinear(nn.Module):
     sparse_index: Tensor | None
     bias: nn.Parameter | None
     gamma: float | nn.Parameter | None
+    # The backward pass makes act(h) again instead of keeping it: set by the training runtime (recompute=p0).
+    recompute_z: bool = False
 
     def __init__(
         self,
@@ -210,6 +212,7 @@ class LostLinear(nn.Module):
             self.activation,
             self.bias,
             selection_axis=self.selection_axis,
+            recompute_z=self.recompute_z,
         )
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lost.config.schema import RuntimeConfig
+from lost.model.lost_linear import LostLinear
 from lost.train.runtime import Runtime
 
 
@@ -15,14 +16,22 @@ def wrap_model(model: nn.Module, config: RuntimeConfig, runtime: Runtime) -> nn.
         # DDP sends process 0's parameters to the others; the kept channels must be process 0's as well.
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
-    if config.recompute == "block":
-        # transformers renamed it; 5.17 has the old name only.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+    set_recompute(model, config.recompute)
     if config.compile:
         for block in blocks(model):
             block.compile()
     return runtime.accelerator.prepare_model(model)
+
+
+def set_recompute(model: nn.Module, recompute: str) -> None:
+    """Makes the backward pass of `model` compute again what runtime.recompute says."""
+    for module in model.modules():
+        if isinstance(module, LostLinear):
+            module.recompute_z = recompute == "p0"
+    if recompute == "block":
+        # transformers renamed it; 5.17 has the old name only.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

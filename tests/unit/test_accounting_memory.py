@@ -12,6 +12,7 @@ from lost.config.schema import DenseConfig, LostConfig, ModelConfig
 from lost.model import build_model
 from lost.testing.live_memory import LiveBytes
 from lost.train.loss import token_loss_sum
+from lost.train.wrap import set_recompute
 
 NUM_ROWS, SEQ_LEN = 2, 48
 PRECISIONS = ["fp32", "bf16", "pure_bf16"]
@@ -95,9 +96,10 @@ def num_bytes(tensors) -> int:
 # ---------------------------------------------------------------------------------------------------- activations
 
 
-def kept_by_a_block(model: ModelConfig, form, precision: str) -> float:
+def kept_by_a_block(model: ModelConfig, form, precision: str, recompute: str) -> float:
     """Bytes per token of all storages that one block saves for its backward pass, weights and their casts left out."""
     net = build_model(model, form, seed=0, dtype=dtype_of(precision))
+    set_recompute(net, recompute)
     known = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *net.buffers()]}
     weights = {tuple(module.weight.shape) for module in net.modules() if isinstance(module, nn.Linear)}
     weights |= {tuple(parameter.shape) for parameter in net.parameters()}
@@ -119,28 +121,28 @@ def kept_by_a_block(model: ModelConfig, form, precision: str) -> float:
     return sum(storage.nbytes() for storage in kept.values()) / (NUM_ROWS * SEQ_LEN)
 
 
+@pytest.mark.parametrize("recompute", ["none", "p0"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_block_keeps_what_is_counted(form, precision):
+def test_a_block_keeps_what_is_counted(form, precision, recompute):
     model = narrow()
-    counted = block_activation_bytes(model, linear_costs(model, form)[:7], precision)
-    assert counted == pytest.approx(kept_by_a_block(model, form, precision), rel=0.03)
+    counted = block_activation_bytes(model, linear_costs(model, form)[:7], precision, recompute)
+    assert counted == pytest.approx(kept_by_a_block(model, form, precision, recompute), rel=0.03)
 
 
 def test_a_60m_block_in_the_published_unit():
     """25.4 kB a token dense in pure bfloat16, which keeps queries and keys twice; transformers keeps them once."""
     model = packaged_model("llama_60m")
-    counted = block_activation_bytes(model, linear_costs(model, DenseConfig())[:7], "pure_bf16")
+    counted = block_activation_bytes(model, linear_costs(model, DenseConfig())[:7], "pure_bf16", "none")
     assert counted / 1000 == pytest.approx(25.4 - 2 * 512 * 2 / 1000, rel=0.01)
 
 
 def live_bytes_of_a_step(model: ModelConfig, form, precision: str, recompute: str) -> int:
     """Peak of what a forward and backward pass makes, gradients that are added to left out."""
     net = build_model(model, form, seed=0, dtype=dtype_of(precision)).train()
+    set_recompute(net, recompute)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    if recompute == "block":
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.randint(0, model.vocab_size, (NUM_ROWS, SEQ_LEN))
 
     def loss() -> torch.Tensor:
@@ -154,7 +156,7 @@ def live_bytes_of_a_step(model: ModelConfig, form, precision: str, recompute: st
 
 
 @pytest.mark.parametrize("vocab_size", [500, 4000])
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["none", "p0", "block"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", [FORMS["dense"], FORMS["lost"]], ids=["dense", "lost"])
 def test_the_peak_of_a_step(form, precision, recompute, vocab_size):

@@ -20,9 +20,13 @@ def lost_linear(
     bias: Tensor | None = None,
     *,
     selection_axis: str = "columns",
+    recompute_z: bool = False,
 ) -> Tensor:
-    """`reference.lost_linear`, by the hand-written backward where there is one: selection_axis = columns."""
+    """`reference.lost_linear`, by the hand-written backward where there is one: selection_axis = columns.
+
+    With recompute_z the backward pass makes z = [gamma act(h) | (1 - gamma) x_I] again instead of keeping it.
+    """
     arguments = (x, low_rank_down, low_rank_up, sparse_weight, sparse_index, gamma, activation, bias)
     if selection_axis == "columns":
-        return lost_linear_autograd(*arguments)
+        return lost_linear_autograd(*arguments, recompute_z=recompute_z)
     return reference_lost_linear(*arguments, selection_axis=selection_axis)
