@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from lost.checkpoint import CheckpointManager, read_status
-from lost.data.hub import require_hub
 from lost.utils.errors import LostError
+from lost.utils.hub import is_hub_id, require_hub_for_source
 
 # An export needs one of each; shards have an index beside them.
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CHECKPOINT_NAME = re.compile(r"step_\d{8,}")
 
 EXPECTED = (
@@ -51,8 +50,7 @@ def locate(source: str) -> Place:
         return locate_folder(path)
     if path.is_file():
         raise LostError(f"source = {source} is a file: give the folder that it is in. {EXPECTED}")
-    is_path = source.startswith((".", "/", "~")) or Path(path.parts[0] if path.parts else ".").is_dir()
-    if is_path or not HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise LostError(f"source = {source!r}: there is no such folder. {EXPECTED}")
     folder = hub_folder(source)
     return Place("export", folder, folder, None, source)
@@ -148,10 +146,7 @@ def hub_folder(hub_id: str) -> Path:
             return cached
     except (LocalEntryNotFoundError, HFValidationError):
         pass
-    require_hub(
-        f"source = {hub_id}: there is no folder of this name, and no model of this id in the local hub cache",
-        "give a folder: a run directory, a checkpoint or an export",
-    )
+    require_hub_for_source(hub_id)
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "README.md"]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=patterns))

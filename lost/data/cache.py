@@ -20,14 +20,6 @@ logger = logging.getLogger(__name__)
 _DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
-def cache_folder(setting: str) -> Path:
-    """The folder of prepared data: data.cache_dir, else $LOST_CACHE, else $XDG_CACHE_HOME/lost, else ~/.cache/lost."""
-    chosen = setting or os.environ.get("LOST_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lost"
-
-
 def key_of(**facts: object) -> str:
     """A short name that is the same for the same facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,10 +1,6 @@
 """C4 from the Hugging Face hub, its cache or a local folder; never waits for a hub that does not answer."""
 
 import hashlib
-import os
-import threading
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +9,10 @@ from lost.config.schema import C4DataConfig
 from lost.data.files import Piece, document_pieces
 from lost.data.sources import Corpus, Sources
 from lost.utils.errors import DataError
+from lost.utils.hub import ADVICE_FOR_DOCUMENTS, INSTEAD_OF_C4, require_hub_for_c4
 
-_SECONDS_TO_ANSWER = 5.0
 # The recipe of GaLore, SLTrain and CoLA: the stream shuffled with this seed and the library's own buffer size.
 _SHUFFLE_SEED = 42
-_INSTEAD = (
-    "use data=stdlib (always there), data=text_files data.train_files=[...], or a local copy:"
-    " data.dataset=<folder with en/c4-train.*.json.gz and en/c4-validation.*.json.gz>"
-)
 
 
 class C4Corpus(Corpus):
@@ -91,10 +83,10 @@ class C4Corpus(Corpus):
             files = [str(path) for path in self._files()]
             if not files:
                 pattern = self._folder / self._data.subset / f"c4-{self.name}.*.json.gz"
-                raise DataError(f"data.dataset = {self._folder}: no file matches {pattern}; {_INSTEAD}")
+                raise DataError(f"data.dataset = {self._folder}: no file matches {pattern}; {INSTEAD_OF_C4}")
             stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
         else:
-            require_hub(f"data=c4 streams {self._data.dataset} from it", _INSTEAD)
+            require_hub_for_c4(self._data.dataset)
             stream = datasets.load_dataset(self._data.dataset, self._data.subset, split=self.name, streaming=True)
         return stream.shuffle(seed=_SHUFFLE_SEED)
 
@@ -104,7 +96,7 @@ def open_c4(data: C4DataConfig) -> Sources:
     folder = _local_copy(data)
     train = C4Corpus("train", data, folder, data.max_documents)
     validation: dict[str, Corpus] = {"validation": C4Corpus("validation", data, folder, 0)}
-    return Sources([train], None, validation, hub_advice="" if folder else f"; for the documents, {_INSTEAD}")
+    return Sources([train], None, validation, hub_advice="" if folder else ADVICE_FOR_DOCUMENTS)
 
 
 def _local_copy(data: C4DataConfig) -> Path | None:
@@ -127,39 +119,3 @@ def _has_all_files(folder: Path, split: str) -> bool:
     """Whether the files c4-<split>.<place>-of-<count>.json.gz are all there."""
     names = sorted(path.name for path in folder.glob(f"c4-{split}.*-of-*.json.gz"))
     return bool(names) and len(names) == int(names[0].split("-of-")[1].split(".")[0])
-
-
-def require_hub(why: str, instead: str) -> None:
-    """Checks within seconds that the hub answers, before anything that would retry for minutes.
-
-    Raises:
-        DataError: it does not, or HF_HUB_OFFLINE is set.
-    """
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        problem = "is not asked, because HF_HUB_OFFLINE is set"
-    else:
-        problem = _unreachable(endpoint)
-    if problem:
-        raise DataError(f"the Hugging Face hub ({endpoint}) {problem}: {why}. Instead, {instead}")
-
-
-def _unreachable(endpoint: str) -> str:
-    """Why the endpoint gives no answer, or nothing. In a thread: looking up a name has no time limit of its own."""
-    found = [f"did not answer within {_SECONDS_TO_ANSWER:g} s"]
-
-    def ask() -> None:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=_SECONDS_TO_ANSWER).close()
-            found[0] = ""
-        except urllib.error.HTTPError:
-            # An answer all the same, from the hub or from something in between that speaks HTTP.
-            found[0] = ""
-        except OSError as error:
-            found[0] = f"cannot be reached ({getattr(error, 'reason', error)})"
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_SECONDS_TO_ANSWER)
-    return found[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lost.config.schema import DataConfig
-from lost.data.cache import cache_folder, key_of, made_once
+from lost.data.cache import key_of, made_once
 from lost.data.files import Piece, hash_key
 from lost.data.report import PrepareReport, Progress, ProgressCallable, SetReport
 from lost.data.row_makers import RowWriter, batches, is_row_set
@@ -17,6 +17,7 @@ from lost.data.rows import Mixture, TokenRows
 from lost.data.sources import Corpus, open_sources
 from lost.data.tokenizer import SAMPLE_BYTES, Encoder, check_vocabulary, load_tokenizer, train_tokenizer
 from lost.utils.errors import DataError
+from lost.utils.files import cache_folder
 
 # Raised when the files or the making of them change: older cached rows are then left alone and made anew.
 _FORMAT = 1

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lost.utils.errors import DataError
+from lost.utils.hub import require_hub_for_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,6 @@ def load_tokenizer(name: str, instead: str = "") -> Any:
     """
     from transformers import AutoTokenizer
 
-    from lost.data.hub import require_hub
-
     if Path(name).expanduser().exists():
         try:
             return AutoTokenizer.from_pretrained(str(Path(name).expanduser()), local_files_only=True)
@@ -125,10 +124,7 @@ def load_tokenizer(name: str, instead: str = "") -> Any:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         logger.info("tokenizer %s is not in the local cache, asking the hub", name)
-    require_hub(
-        f"data.tokenizer = {name}: no folder of this name, and not in the local hub cache",
-        "use data.tokenizer=train (trains one on the data) or data.tokenizer=<folder with tokenizer.json>" + instead,
-    )
+    require_hub_for_tokenizer(name, instead)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

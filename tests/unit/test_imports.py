@@ -36,7 +36,14 @@ ONLY_IN = {
     "hydra": {"lost/config/compose.py"},
     "omegaconf": {"lost/config/compose.py"},
 }
-NO_TORCH = ("lost/config/", "lost/accounting/", "lost/cli/main.py", "lost/cli/help.py", "lost/cli/checks.py")
+NO_TORCH = (
+    "lost/config/",
+    "lost/accounting/",
+    "lost/cli/main.py",
+    "lost/cli/help.py",
+    "lost/cli/checks.py",
+    "lost/cli/reach.py",
+)
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lost_kernels"}
 
 
