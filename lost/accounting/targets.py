@@ -1,6 +1,6 @@
 """Which linear layers a LostConfig replaces, at what rank and with how many kept channels: pure arithmetic on names."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -81,21 +81,42 @@ def lost_shapes(config: LostConfig, linears: Iterable[LinearShape]) -> list[Lost
         ConfigError: a pattern of target_modules or of an override matches no layer, or a rank is too high.
     """
     linears = list(linears)
-    targets = [linear for linear in linears if is_target(linear.name, config)]
-    patterns = [pattern for pattern in config.target_modules if pattern != ALL_LINEAR]
-    problems = _unmatched("target_modules", patterns, linears)
-    if targets:
-        problems += _unmatched("rank_overrides", config.rank_overrides, targets)
-        problems += _unmatched("density_overrides", config.density_overrides, targets)
-    replaced = []
-    for linear in targets:
-        try:
-            replaced.append(LostShape(linear, rank_of(config, linear), num_kept_of(config, linear)))
-        except ConfigError as error:
-            problems += error.problems
+    targets = targets_of(config, linears)
+    problems = [
+        *unmatched_targets(config, linears),
+        *unmatched_overrides("rank_overrides", config.rank_overrides, targets),
+        *unmatched_overrides("density_overrides", config.density_overrides, targets),
+        *rank_problems(config, targets),
+    ]
     if problems:
         raise ConfigError(problems)
-    return replaced
+    return [LostShape(linear, rank_of(config, linear), num_kept_of(config, linear)) for linear in targets]
+
+
+def targets_of(config: LostConfig, linears: Iterable[LinearShape]) -> list[LinearShape]:
+    """The layers that are replaced."""
+    return [linear for linear in linears if is_target(linear.name, config)]
+
+
+def unmatched_targets(config: LostConfig, linears: Sequence[LinearShape]) -> list[str]:
+    """A problem for every pattern of target_modules that matches no layer."""
+    return unmatched("target_modules", [name for name in config.target_modules if name != ALL_LINEAR], linears)
+
+
+def unmatched_overrides(key: str, patterns: Iterable[str], targets: Sequence[LinearShape]) -> list[str]:
+    """A problem for every pattern of an override that matches no replaced layer; if none is, that is the mistake."""
+    return unmatched(key, patterns, targets) if targets else []
+
+
+def rank_problems(config: LostConfig, targets: Iterable[LinearShape]) -> list[str]:
+    """A problem for every replaced layer whose rank is too high."""
+    problems = []
+    for linear in targets:
+        try:
+            rank_of(config, linear)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
 
 
 def _last_match(name: str, overrides: Mapping[str, Value], default: Value) -> Value:
@@ -104,7 +125,7 @@ def _last_match(name: str, overrides: Mapping[str, Value], default: Value) -> Va
     return values[-1] if values else default
 
 
-def _unmatched(key: str, patterns: Iterable[str], linears: list[LinearShape]) -> list[str]:
+def unmatched(key: str, patterns: Iterable[str], linears: Sequence[LinearShape]) -> list[str]:
     """A problem for every pattern that matches none of the layers."""
     ends = sorted({linear.name.rsplit(".", 1)[-1] for linear in linears})
     return [

@@ -1,20 +1,71 @@
 """Rules that need the shapes of the layers, which `lost.config` does not know."""
 
-from lost.accounting.shapes import linear_shapes
-from lost.accounting.targets import lost_shapes
+from types import SimpleNamespace
+from typing import Any
+
+from lost.accounting.shapes import LinearShape, linear_shapes
+from lost.accounting.targets import rank_problems, targets_of, unmatched_overrides, unmatched_targets
 from lost.config.schema import LostConfig, ModelConfig, ParameterizationConfig
-from lost.utils.errors import ConfigError
+from lost.config.section import WrongValue
+
+# A width that is not known limits no rank.
+UNLIMITED = 2**62
 
 
-def layer_problems(model: ModelConfig, parameterization: ParameterizationConfig) -> list[str]:
-    """Patterns that match no layer, and the first layer whose rank is too high with the number of the others."""
+def target_problems(model: ModelConfig, parameterization: ParameterizationConfig) -> list[str]:
+    """Patterns of target_modules that match no layer."""
     if not isinstance(parameterization, LostConfig):
         return []
+    return prefixed(unmatched_targets(parameterization, known_linears(model)))
+
+
+def rank_override_problems(model: ModelConfig, parameterization: ParameterizationConfig) -> list[str]:
+    """Patterns of rank_overrides that match no replaced layer."""
+    if not isinstance(parameterization, LostConfig):
+        return []
+    targets = targets_of(parameterization, known_linears(model))
+    return prefixed(unmatched_overrides("rank_overrides", parameterization.rank_overrides, targets))
+
+
+def density_override_problems(model: ModelConfig, parameterization: ParameterizationConfig) -> list[str]:
+    """Patterns of density_overrides that match no replaced layer."""
+    if not isinstance(parameterization, LostConfig):
+        return []
+    targets = targets_of(parameterization, known_linears(model))
+    return prefixed(unmatched_overrides("density_overrides", parameterization.density_overrides, targets))
+
+
+def layer_rank_problems(model: ModelConfig, parameterization: ParameterizationConfig) -> list[str]:
+    """The first layer whose rank is too high, with the number of the others."""
+    if not isinstance(parameterization, LostConfig):
+        return []
+    found = rank_problems(parameterization, targets_of(parameterization, known_linears(model)))
+    more = f" ({len(found) - 1} more layers alike)" if len(found) > 1 else ""
+    return prefixed([f"{found[0]}{more}"]) if found else []
+
+
+LAYER_RULES = (target_problems, rank_override_problems, density_override_problems, layer_rank_problems)
+
+
+def prefixed(problems: list[str]) -> list[str]:
+    return [f"parameterization.{problem}" for problem in problems]
+
+
+def known_linears(model: ModelConfig) -> list[LinearShape]:
+    """Every linear layer, those widths that have a problem of their own without limit."""
+    widths: Any = SimpleNamespace(
+        num_hidden_layers=model.num_hidden_layers,
+        hidden_size=known(model, "hidden_size", UNLIMITED),
+        intermediate_size=known(model, "intermediate_size", UNLIMITED),
+        vocab_size=known(model, "vocab_size", UNLIMITED),
+        num_attention_heads=known(model, "num_attention_heads", 1),
+        num_key_value_heads=known(model, "num_key_value_heads", UNLIMITED),
+    )
+    return linear_shapes(widths)
+
+
+def known(model: ModelConfig, key: str, otherwise: int) -> int:
     try:
-        lost_shapes(parameterization, linear_shapes(model))
-    except ConfigError as error:
-        ranks = [problem for problem in error.problems if problem.startswith("lost_rank")]
-        others = [problem for problem in error.problems if problem not in ranks]
-        more = f" ({len(ranks) - 1} more layers alike)" if len(ranks) > 1 else ""
-        return [f"parameterization.{problem}" for problem in [*others, *(f"{first}{more}" for first in ranks[:1])]]
-    return []
+        return int(getattr(model, key))
+    except WrongValue:
+        return otherwise

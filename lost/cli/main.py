@@ -53,12 +53,12 @@ def _dispatch(arguments: list[str]) -> int:
         print_command(command)
         return 0
     overrides, config_file = _parse_arguments(command, rest)
-    from lost.cli.checks import layer_problems
+    from lost.cli.checks import LAYER_RULES
     from lost.cli.reach import require_reachable
     from lost.cli.run_defaults import run_defaults
     from lost.config.compose import compose
 
-    config = compose(command, overrides, config_file, [layer_problems], run_defaults(command, overrides))
+    config = compose(command, overrides, config_file, LAYER_RULES, run_defaults(command, overrides))
     require_reachable(command, config)
     return module_of(command).run(config)
 

@@ -4,13 +4,18 @@ A base section with subclasses (parameterization, data, optimizer, ...) is a cho
 one subclass a choice, so that a key which the chosen one does not have is an error and never silently ignored.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from lost.config.section import Section, setting
 
 # An int is a count; a float above 0 and up to 1 is a fraction of what the key's doc names.
 CountOrFraction = int | float
+# The field to blame and the rule: see Section.cross_rules.
+CrossRule = tuple[str, Callable[[], list[str]]]
+SMALLER_WIDTH = "min(in_features, out_features)"
 
 
 def count_or_fraction_problem(key: str, value: CountOrFraction, of: str, minimum: int = 1) -> list[str]:
@@ -43,24 +48,30 @@ class ModelConfig(Section):
         "rank that the papers use at this size; the default of parameterization.lost_rank", above=0
     )
 
-    def cross_problems(self) -> list[str]:
-        problems = []
-        if self.hidden_size % self.num_attention_heads:
-            problems.append(
+    def cross_rules(self) -> list[CrossRule]:
+        return [
+            ("num_attention_heads", self._head_problems),
+            ("num_key_value_heads", self._key_value_head_problems),
+        ]
+
+    def _head_problems(self) -> list[str]:
+        size, rest = divmod(self.hidden_size, self.num_attention_heads)
+        if rest:
+            return [
                 f"num_attention_heads = {self.num_attention_heads} does not divide hidden_size = {self.hidden_size}:"
                 " choose a divisor"
-            )
-        elif self.hidden_size // self.num_attention_heads % 2:
-            problems.append(
-                f"hidden_size / num_attention_heads = {self.hidden_size // self.num_attention_heads} is odd:"
-                " the rotary embedding needs an even head size"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            problems.append(
-                f"num_key_value_heads = {self.num_key_value_heads} does not divide"
-                f" num_attention_heads = {self.num_attention_heads}: choose a divisor"
-            )
-        return problems
+            ]
+        if size % 2:
+            return [f"hidden_size / num_attention_heads = {size} is odd: the rotary embedding needs an even head size"]
+        return []
+
+    def _key_value_head_problems(self) -> list[str]:
+        if self.num_attention_heads % self.num_key_value_heads == 0:
+            return []
+        return [
+            f"num_key_value_heads = {self.num_key_value_heads} does not divide"
+            f" num_attention_heads = {self.num_attention_heads}: choose a divisor"
+        ]
 
 
 # ------------------------------------------------------------------------------------------ parameterization
@@ -148,19 +159,32 @@ class LostConfig(ParameterizationConfig):
     )
     density_overrides: dict[str, float] = setting("pattern of module names to density", {}, is_fixed_on_resume=True)
 
-    def cross_problems(self) -> list[str]:
-        of = "min(in_features, out_features)"
-        problems = count_or_fraction_problem("lost_rank", self.lost_rank, of)
-        for pattern, rank in self.rank_overrides.items():
-            problems += count_or_fraction_problem(f"rank_overrides.{pattern}", rank, of)
-        problems += [
+    def cross_rules(self) -> list[CrossRule]:
+        return [
+            ("lost_rank", lambda: count_or_fraction_problem("lost_rank", self.lost_rank, SMALLER_WIDTH)),
+            ("rank_overrides", self._rank_override_problems),
+            ("density_overrides", self._density_override_problems),
+            ("gamma", self._zero_problems),
+        ]
+
+    def _rank_override_problems(self) -> list[str]:
+        return [
+            problem
+            for pattern, rank in self.rank_overrides.items()
+            for problem in count_or_fraction_problem(f"rank_overrides.{pattern}", rank, SMALLER_WIDTH)
+        ]
+
+    def _density_override_problems(self) -> list[str]:
+        return [
             f"density_overrides.{pattern} = {density}: must be from 0 to 1"
             for pattern, density in self.density_overrides.items()
             if not 0 <= density <= 1
         ]
+
+    def _zero_problems(self) -> list[str]:
         if self.gamma == 0 and self.density == 0 and not self.density_overrides:
-            problems.append("gamma = 0 with density = 0: the layer would be zero; raise one of them")
-        return problems
+            return ["gamma = 0 with density = 0: the layer would be zero; raise one of them"]
+        return []
 
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -193,7 +217,10 @@ class DataConfig(Section):
     cache_dir: str = setting("folder of prepared rows and tokenizers; empty: the user's cache folder", "")
     num_workers: int = setting("processes that read rows ahead of the training loop", 0, at_least=0)
 
-    def cross_problems(self) -> list[str]:
+    def cross_rules(self) -> list[CrossRule]:
+        return [("isolate_documents", self._isolation_problems)]
+
+    def _isolation_problems(self) -> list[str]:
         if self.isolate_documents and self.row_maker == "padded":
             return ["isolate_documents = true with row_maker = padded: a padded row holds one document; leave it false"]
         return []
@@ -222,18 +249,31 @@ class TextFilesDataConfig(DataConfig):
     )
     text_field: str = setting("field that holds the text (.jsonl, .parquet)", "text", is_fixed_on_resume=True)
 
-    def cross_problems(self) -> list[str]:
-        problems = super().cross_problems()
+    def cross_rules(self) -> list[CrossRule]:
+        return [
+            *super().cross_rules(),
+            ("train_files", self._no_file_problems),
+            ("train_weights", self._number_of_weights_problems),
+            ("train_weights", self._weight_problems),
+        ]
+
+    def _no_file_problems(self) -> list[str]:
         if not self.train_files and not self.validation_files:
-            problems.append("train_files is empty: name at least one file, data.train_files=[path]")
-        if self.train_weights and len(self.train_weights) != len(self.train_files):
-            problems.append(
-                f"train_weights has {len(self.train_weights)} entries and train_files {len(self.train_files)}:"
-                " give one weight an entry, or none"
-            )
+            return ["train_files is empty: name at least one file, data.train_files=[path]"]
+        return []
+
+    def _number_of_weights_problems(self) -> list[str]:
+        if not self.train_weights or len(self.train_weights) == len(self.train_files):
+            return []
+        return [
+            f"train_weights has {len(self.train_weights)} entries and train_files {len(self.train_files)}:"
+            " give one weight an entry, or none"
+        ]
+
+    def _weight_problems(self) -> list[str]:
         if any(weight <= 0 for weight in self.train_weights):
-            problems.append(f"train_weights = {self.train_weights}: every weight must be above 0")
-        return problems
+            return [f"train_weights = {self.train_weights}: every weight must be above 0"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,16 +314,22 @@ class TrainConfig(Section):
         "stop after this many steps in a row with a non-finite loss or gradient", 10, at_least=1, unit="steps"
     )
 
-    def cross_problems(self) -> list[str]:
-        problems = []
-        if not self.max_steps and not self.max_tokens:
-            problems.append("max_steps = 0 and max_tokens = 0: set one of them, for instance train.max_steps=200")
-        if self.global_batch_size % self.micro_batch_size:
-            problems.append(
-                f"global_batch_size = {self.global_batch_size} is not divisible by"
-                f" micro_batch_size = {self.micro_batch_size}: choose a divisor"
-            )
-        return problems
+    def cross_rules(self) -> list[CrossRule]:
+        # A micro-batch can be changed more freely than a batch, so that it is the one to blame.
+        return [("max_steps", self._length_problems), ("micro_batch_size", self._batch_problems)]
+
+    def _length_problems(self) -> list[str]:
+        if self.max_steps or self.max_tokens:
+            return []
+        return ["max_steps = 0 and max_tokens = 0: set one of them, for instance train.max_steps=200"]
+
+    def _batch_problems(self) -> list[str]:
+        if self.global_batch_size % self.micro_batch_size == 0:
+            return []
+        return [
+            f"global_batch_size = {self.global_batch_size} is not divisible by"
+            f" micro_batch_size = {self.micro_batch_size}: choose a divisor"
+        ]
 
     @property
     def global_batch_tokens(self) -> int:
@@ -292,7 +338,7 @@ class TrainConfig(Section):
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run, from max_steps and max_tokens."""
-        by_tokens = -(-self.max_tokens // self.global_batch_tokens)
+        by_tokens = -(-self.max_tokens // self.global_batch_tokens) if self.max_tokens else 0
         return min(limit for limit in (self.max_steps, by_tokens) if limit > 0)
 
 
@@ -320,7 +366,10 @@ class ScheduleConfig(Section):
 
     warmup_steps: CountOrFraction = setting("linear warm-up; a fraction is of the whole run", 0.1, unit="steps")
 
-    def cross_problems(self) -> list[str]:
+    def cross_rules(self) -> list[CrossRule]:
+        return [("warmup_steps", self._warmup_problems)]
+
+    def _warmup_problems(self) -> list[str]:
         if isinstance(self.warmup_steps, float) and self.warmup_steps == 0:
             return []
         return count_or_fraction_problem("warmup_steps", self.warmup_steps, "the run's steps", minimum=0)
@@ -350,8 +399,11 @@ class WsdScheduleConfig(ScheduleConfig):
     decay_steps: CountOrFraction = setting("length of the decay; a fraction is of the whole run", 0.2, unit="steps")
     final_fraction: float = setting("learning rate at the last step over the peak", 0.0, at_least=0, at_most=1)
 
-    def cross_problems(self) -> list[str]:
-        return super().cross_problems() + count_or_fraction_problem("decay_steps", self.decay_steps, "the run's steps")
+    def cross_rules(self) -> list[CrossRule]:
+        def decay_problems() -> list[str]:
+            return count_or_fraction_problem("decay_steps", self.decay_steps, "the run's steps")
+
+        return [*super().cross_rules(), ("decay_steps", decay_problems)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -507,15 +559,14 @@ class GenerateConfig(Section):
     seed: int = setting("seed of the sampling", 0, at_least=0)
     runtime: DeviceConfig = setting("device and precision")
 
-    def cross_problems(self) -> list[str]:
-        if self.do_sample:
+    def cross_rules(self) -> list[CrossRule]:
+        return [(name, partial(self._sampling_problems, name)) for name in ("temperature", "top_k", "top_p")]
+
+    def _sampling_problems(self, name: str) -> list[str]:
+        value = getattr(self, name)
+        if self.do_sample or value == type(self).__dataclass_fields__[name].default:
             return []
-        defaults = {item.name: item.default for item in fields(self) if item.name in ("temperature", "top_k", "top_p")}
-        return [
-            f"{name} = {getattr(self, name)} with do_sample = false: only sampling uses it; leave it out or sample"
-            for name, default in defaults.items()
-            if getattr(self, name) != default
-        ]
+        return [f"{name} = {value} with do_sample = false: only sampling uses it; leave it out or sample"]
 
 
 @dataclass(frozen=True, kw_only=True)

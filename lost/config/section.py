@@ -6,8 +6,8 @@ Standard library only, so that `lost --help` stays fast and the model room impor
 import difflib
 import math
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -72,9 +72,15 @@ class Section:
         if problems:
             raise ConfigError(problems)
 
-    def cross_problems(self) -> list[str]:
-        """Rules between the fields of this section, checked once each field is right."""
+    def cross_rules(self) -> list[tuple[str, Callable[[], list[str]]]]:
+        """Rules between fields of this section: the field to blame, and a function that returns problems.
+
+        A rule is one sentence: a problem of another field must not hide it (see `assessed`).
+        """
         return []
+
+    def cross_problems(self) -> list[str]:
+        return [problem for _, rule in self.cross_rules() for problem in rule()]
 
 
 def choices_of(section: type[Section]) -> dict[str, type[Section]]:
@@ -131,38 +137,92 @@ def pick(section: type[Section], values: Mapping[str, Any]) -> type[Section]:
 
 def mapping_problems(section: type[Section], values: Mapping[str, Any], path: str = "") -> list[str]:
     """Every problem of nested plain values, each with its dotted key."""
+    return assessed(section, values, path)[0]
+
+
+def assessed(section: type[Section], values: Mapping[str, Any], path: str = "") -> tuple[list[str], Any]:
+    """Every problem of nested plain values, each with its dotted key, and the section they make.
+
+    In that section WRONG stands for each value that has a problem, so that rules on the others can still be checked.
+    """
     choices = choices_of(section)
     given = values.get("name", "nothing")
     if choices and (not isinstance(given, str) or given not in choices):
-        return [f"{path}name = {given}: must be one of {', '.join(sorted(choices))}{nearest(str(given), choices)}"]
+        wanted = f"must be one of {', '.join(sorted(choices))}{nearest(str(given), choices)}"
+        return [f"{path}name = {given}: {wanted}"], WRONG
     chosen = pick(section, values)
-    hints = hints_of(chosen)
     known = {item.name: item for item in fields(chosen)}
     problems = [
         f"unknown key {path}{key}{nearest(key, known)}{_of_another_choice(section, chosen, key)}"
         for key in values
         if key not in known
     ]
-    plain: dict[str, Any] = {}
-    nested_problems: list[str] = []
+    parts: dict[str, Any] = {}
     for key, item in known.items():
-        if key not in values:
-            if item.default is MISSING and item.default_factory is MISSING:
-                problems.append(f"{path}{key} is missing: {rule_of(item).doc}")
-        elif is_section(hints[key]):
-            if isinstance(values[key], Mapping):
-                nested_problems += mapping_problems(hints[key], values[key], f"{path}{key}.")
-            else:
-                nested_problems.append(f"{path}{key} = {values[key]!r}: must be a group of keys")
-        else:
-            plain[key] = values[key]
-    problems += value_problems(chosen, plain, path) + nested_problems
-    if not problems:
-        try:
-            _construct(section, values)
-        except ConfigError as error:
-            problems = [f"{path}{problem}" if path else problem for problem in error.problems]
-    return problems
+        found, parts[key] = _assessed_field(chosen, item, values, path)
+        problems += found
+    partial = object.__new__(chosen)
+    for key, part in parts.items():
+        object.__setattr__(partial, key, part)
+    # All are checked before the first of their fields becomes WRONG.
+    broken = [(key, problem) for key, rule in partial.cross_rules() for problem in problems_of(rule)]
+    for key, problem in broken:
+        problems.append(f"{path}{problem}")
+        object.__setattr__(partial, key, WRONG)
+    return problems, partial
+
+
+def _assessed_field(section: type[Section], item: Field, values: Mapping[str, Any], path: str) -> tuple[list[str], Any]:
+    """The problems of one field, and its value."""
+    key, hint = item.name, hints_of(section)[item.name]
+    if key not in values:
+        if item.default_factory is not MISSING:
+            return [], item.default_factory()
+        is_missing = item.default is MISSING
+        return ([f"{path}{key} is missing: {rule_of(item).doc}"], WRONG) if is_missing else ([], item.default)
+    value = values[key]
+    if is_section(hint):
+        if isinstance(value, Mapping):
+            return assessed(hint, value, f"{path}{key}.")
+        return [f"{path}{key} = {value!r}: must be a group of keys"], WRONG
+    problems = value_problems(section, {key: value}, path)
+    return problems, WRONG if problems else value
+
+
+def problems_of(rule: Callable[..., list[str]], *arguments: Any) -> list[str]:
+    """What a rule finds; nothing if it needs a value that is wrong by itself."""
+    try:
+        return rule(*arguments)
+    except WrongValue:
+        return []
+
+
+class WrongValue(Exception):
+    """A rule used a value that has a problem of its own."""
+
+
+def _refuse(*_: Any) -> Any:
+    raise WrongValue
+
+
+class _Wrong:
+    """Stands for a wrong value; any use of it ends the rule that uses it."""
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __contains__ = __bool__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _refuse
+    __divmod__ = __rdivmod__ = __pow__ = __rpow__ = __abs__ = __round__ = __reversed__ = _refuse
+    __int__ = __float__ = __index__ = __format__ = __fspath__ = _refuse
+
+    def __hash__(self) -> int:
+        raise WrongValue
+
+    def __str__(self) -> str:
+        raise WrongValue
+
+
+WRONG: Any = _Wrong()
 
 
 def value_problems(section: type[Section], values: Mapping[str, Any], path: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """Rules between sections. Pure Python: every problem is known before torch is imported.
 
-A rule is a function that returns its problems as sentences. Its parameters name the top-level keys that it needs; it
-runs once those are right on their own.
+A rule is a function that returns its problems as sentences. Its parameters name the top-level keys that it needs; what
+it finds counts if the very values that it reads are right on their own, whatever else is wrong beside them.
 """
 
 import inspect
@@ -12,6 +12,7 @@ from typing import Any
 
 from lost.config.schema import (
     CheckpointConfig,
+    CountOrFraction,
     DataConfig,
     EvaluationConfig,
     LostConfig,
@@ -22,8 +23,7 @@ from lost.config.schema import (
     TrainConfig,
     WsdScheduleConfig,
 )
-from lost.config.section import Section, build, hints_of, is_section, mapping_problems, nearest, value_problems
-from lost.utils.errors import ConfigError
+from lost.config.section import Section, assessed, hints_of, nearest, problems_of
 
 Rule = Callable[..., list[str]]
 # The profiler lets this many steps pass before it records.
@@ -35,31 +35,13 @@ MIN_TRAINED_VOCAB = 258
 def all_problems(
     command: str, section: type[Section], values: dict[str, Any], more_rules: Sequence[Rule] = ()
 ) -> list[str]:
-    """Every problem of nested plain values: each section's own, then those between sections that are right."""
-    problems = mapping_problems(section, values)
-    parts = _right_parts(section, values)
+    """Every problem of nested plain values: each section's own, then those between sections."""
+    problems, config = assessed(section, values)
     for rule in (*RULES[command], *more_rules):
         needs = list(inspect.signature(rule).parameters)
-        if all(name in parts for name in needs):
-            problems += rule(**{name: parts[name] for name in needs})
+        if all(name in hints_of(section) for name in needs):
+            problems += problems_of(rule, *(getattr(config, name) for name in needs))
     return problems
-
-
-def _right_parts(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
-    """The top-level values that have no problem of their own, sections built."""
-    parts = {}
-    for key, hint in hints_of(section).items():
-        if key not in values:
-            continue
-        if not is_section(hint):
-            if not value_problems(section, {key: values[key]}):
-                parts[key] = values[key]
-        elif isinstance(values[key], dict):
-            try:
-                parts[key] = build(hint, values[key])
-            except ConfigError:
-                continue
-    return parts
 
 
 def num_processes() -> int:
@@ -95,22 +77,41 @@ def batch_problems(train: TrainConfig) -> list[str]:
     ]
 
 
-def schedule_problems(train: TrainConfig, schedule: ScheduleConfig) -> list[str]:
+def warmup_problems(train: TrainConfig, schedule: ScheduleConfig) -> list[str]:
+    return _span_problems("warmup_steps", schedule.warmup_steps, train.num_steps)
+
+
+def decay_problems(train: TrainConfig, schedule: ScheduleConfig) -> list[str]:
+    if not isinstance(schedule, WsdScheduleConfig):
+        return []
+    return _span_problems("decay_steps", schedule.decay_steps, train.num_steps)
+
+
+def warmup_and_decay_problems(train: TrainConfig, schedule: ScheduleConfig) -> list[str]:
+    if not isinstance(schedule, WsdScheduleConfig):
+        return []
     total = train.num_steps
-    spans = {"warmup_steps": schedule.warmup_steps}
-    if isinstance(schedule, WsdScheduleConfig):
-        spans["decay_steps"] = schedule.decay_steps
-    steps = {key: span if isinstance(span, int) else span * total for key, span in spans.items()}
-    problems = [
-        f"schedule.{key} = {steps[key]:g} steps is above the {total} steps of the run: lower it, or give a fraction"
-        f" such as schedule.{key}=0.1"
-        for key in steps
-        if steps[key] > total
+    warmup, decay = _steps(schedule.warmup_steps, total), _steps(schedule.decay_steps, total)
+    if max(warmup, decay) > total or warmup + decay <= total:
+        return []
+    return [
+        f"schedule.warmup_steps = {warmup:g} + schedule.decay_steps = {decay:g} is above the {total} steps of the run:"
+        " lower one of them"
     ]
-    if not problems and sum(steps.values()) > total:
-        words = " + ".join(f"schedule.{key} = {count:g}" for key, count in steps.items())
-        problems.append(f"{words} is above the {total} steps of the run: lower one of them")
-    return problems
+
+
+def _steps(span: CountOrFraction, total: int) -> float:
+    return span if isinstance(span, int) else span * total
+
+
+def _span_problems(key: str, span: CountOrFraction, total: int) -> list[str]:
+    steps = _steps(span, total)
+    if steps <= total:
+        return []
+    return [
+        f"schedule.{key} = {steps:g} steps is above the {total} steps of the run: lower it, or give a fraction"
+        f" such as schedule.{key}=0.1"
+    ]
 
 
 def process_problems(runtime: RuntimeConfig) -> list[str]:
@@ -149,14 +150,19 @@ def train_file_problems(data: DataConfig) -> list[str]:
     return []
 
 
-def file_problems(data: DataConfig) -> list[str]:
+def missing_train_file_problems(data: DataConfig) -> list[str]:
     """Files that are named but not there; a pattern is left to the reader, which says what it matches."""
     if not isinstance(data, TextFilesDataConfig):
         return []
-    sets = data.validation_files if isinstance(data.validation_files, dict) else {"": data.validation_files}
-    named = [("data.train_files", path) for path in data.train_files]
-    for name, paths in sets.items():
-        named += [(f"data.validation_files{'.' if name else ''}{name}", path) for path in paths]
+    return [problem for path in data.train_files for problem in _missing_file_problem("data.train_files", path)]
+
+
+def missing_validation_file_problems(data: DataConfig) -> list[str]:
+    if not isinstance(data, TextFilesDataConfig):
+        return []
+    files = data.validation_files
+    sets = {f".{name}": paths for name, paths in files.items()} if isinstance(files, dict) else {"": files}
+    named = [(f"data.validation_files{name}", path) for name, paths in sets.items() for path in paths]
     return [problem for key, path in named for problem in _missing_file_problem(key, path)]
 
 
@@ -259,11 +265,14 @@ def bench_row_length_problems(what: str, seq_len: int, model: ModelConfig) -> li
 PREPARE_RULES: tuple[Rule, ...] = (
     row_length_problems,
     batch_problems,
-    schedule_problems,
+    warmup_problems,
+    decay_problems,
+    warmup_and_decay_problems,
     profile_problems,
     vocabulary_problems,
     train_file_problems,
-    file_problems,
+    missing_train_file_problems,
+    missing_validation_file_problems,
     tokenizer_problems,
     pretrain_source_problems,
     run_dir_problems,
@@ -276,7 +285,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "evaluate": (
         needed_source_problems,
         source_problems,
-        file_problems,
+        missing_train_file_problems,
+        missing_validation_file_problems,
         tokenizer_problems,
         evaluate_evaluation_problems,
     ),

@@ -95,7 +95,7 @@ def test_help_shows_type_default_meaning_and_unit(capsys, monkeypatch):
 
 def test_config_reaches_the_command(ran):
     ran.outcome = 7
-    assert main(["generate", "source=gpt2", "prompt=a, [b] = c"]) == 7
+    assert main(["generate", "source=.", "prompt=a, [b] = c"]) == 7
     assert ran.configs[0].prompt == "a, [b] = c"
 
 
@@ -107,7 +107,7 @@ def test_bare_word_of_bench(ran):
 @pytest.mark.parametrize("form", [["--config-file", "{}"], ["--config-file={}"]])
 def test_config_file(form, ran, tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("source: gpt2\nprompt: from the file\nmax_new_tokens: 5\n")
+    path.write_text("source: .\nprompt: from the file\nmax_new_tokens: 5\n")
     assert main(["generate", *(part.format(path) for part in form), "max_new_tokens=6"]) == 0
     assert (ran.configs[0].prompt, ran.configs[0].max_new_tokens) == ("from the file", 6)
 

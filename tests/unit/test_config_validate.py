@@ -1,8 +1,14 @@
 """Rules between sections: each breaks with its value, its rule and a fix, and holds on the other side of the limit."""
 
+import copy
+
 import pytest
 
+from lost.cli.checks import LAYER_RULES
+from lost.config.choices import ROOTS
 from lost.config.compose import compose
+from lost.config.section import hints_of, is_section, pick, to_dict
+from lost.config.validate import all_problems
 from lost.utils.errors import ConfigError
 
 
@@ -108,9 +114,168 @@ def test_rules_of_different_sections_are_listed_together():
     assert len(found) == 4
 
 
-def test_a_broken_section_hides_only_its_own_rules():
-    found = problems("model.num_attention_heads=7", "train.seq_len=2000", "schedule.warmup_steps=999")
-    assert [problem.split()[0] for problem in found] == ["model.num_attention_heads", "schedule.warmup_steps"]
+# Mistakes in one section that earlier hid each other, and the start of every problem that they are.
+TOGETHER = {
+    "rank and density": (
+        ["parameterization.lost_rank=5000", "parameterization.density=2"],
+        ["parameterization.density = 2.0:", "parameterization.lost_rank = 5000 for model.layers.0.self_attn.q_proj"],
+    ),
+    "rank and an unknown key": (
+        ["parameterization.lost_rank=5000", "parameterization.nothing=1"],
+        ["unknown key parameterization.nothing", "parameterization.lost_rank = 5000 for"],
+    ),
+    "rank, heads and vocabulary": (
+        ["parameterization.lost_rank=5000", "model.num_attention_heads=7", "model.vocab_size=0"],
+        ["model.vocab_size = 0:", "model.num_attention_heads = 7 does not", "parameterization.lost_rank = 5000 for"],
+    ),
+    "rank and both widths but one": (
+        ["parameterization.lost_rank=5000", "model.hidden_size=0"],
+        ["model.hidden_size = 0:", "parameterization.lost_rank = 5000 for model.layers.0.mlp.gate_proj"],
+    ),
+    "patterns and a gamma": (
+        ["parameterization.gamma=-1", "parameterization.target_modules=[q_pro]"],
+        ["parameterization.gamma = -1.0:", "parameterization.target_modules: the pattern q_pro"],
+    ),
+    "overrides of both kinds": (
+        [
+            "parameterization.rank_overrides.q_pro=4",
+            "parameterization.density_overrides.k_pro=0.1",
+            "parameterization.lost_rank=two",
+        ],
+        [
+            "parameterization.lost_rank = 'two':",
+            "parameterization.rank_overrides: the pattern q_pro",
+            "parameterization.density_overrides: the pattern k_pro",
+        ],
+    ),
+    "heads and rows": (
+        ["model.num_attention_heads=7", "train.seq_len=2000", "schedule.warmup_steps=999"],
+        ["model.num_attention_heads = 7", "train.seq_len = 2000", "schedule.warmup_steps = 999"],
+    ),
+    "batch, length of the run and gradient norm": (
+        ["train.global_batch_size=12", "train.max_grad_norm=-1", "schedule.warmup_steps=999"],
+        ["train.max_grad_norm = -1.0:", "train.global_batch_size = 12", "schedule.warmup_steps = 999"],
+    ),
+    "decay and warm-up": (
+        ["schedule=wsd", "schedule.decay_steps=300", "schedule.warmup_steps=-1", "schedule.final_fraction=2"],
+        ["schedule.final_fraction = 2.0:", "schedule.warmup_steps = -1:", "schedule.decay_steps = 300 steps is above"],
+    ),
+    "files and weights": (
+        [
+            "data=text_files",
+            "data.train_files=[/no/such]",
+            "data.train_weights=[0,1]",
+            "data.validation_files=[/no/other]",
+            "data.isolate_documents=true",
+            "data.row_maker=padded",
+        ],
+        [
+            "data.isolate_documents = true",
+            "data.train_weights has 2 entries",
+            "data.train_weights = [0.0, 1.0]: every",
+            "data.train_files: /no/such does not exist",
+            "data.validation_files: /no/other does not exist",
+        ],
+    ),
+    "evaluation and profile": (
+        ["evaluation.max_tokens=3", "evaluation.every_steps=-1", "runtime.profile_steps=500", "runtime.device=tpu"],
+        [
+            "runtime.device = 'tpu':",
+            "evaluation.every_steps = -1:",
+            "runtime.profile_steps = 500",
+            "evaluation.max_tokens = 3 is",
+        ],
+    ),
+}
+# A wrong value, and rules that read it: what they would find is no second mistake.
+ALONE = {
+    "a rank that is no fraction": ["parameterization.lost_rank=1.5"],
+    "a rank that is no number": ["parameterization.lost_rank=many"],
+    "a pattern that is no list": ["parameterization.target_modules=3"],
+    "no key and value heads": ["model.num_key_value_heads=0"],
+    "a hidden size below zero": ["model.hidden_size=-64"],
+    "a hidden size without even heads": ["model.hidden_size=1028"],
+    "no blocks": ["model.num_hidden_layers=0"],
+    "a row that is no number": ["train.seq_len=long"],
+    "no rows": ["train.micro_batch_size=0"],
+    "neither steps nor tokens": ["train.max_steps=0"],
+    "a density that is no number": ["parameterization.density=x", "parameterization.gamma=0"],
+    "a form that is none": ["parameterization=los"],
+    "a warm-up that is no number": ["schedule=wsd", "schedule.warmup_steps=soon"],
+    "rows that no device can split": ["train.global_batch_size=12"],
+    "files that are no list": ["data=text_files", "data.train_files=3"],
+}
+
+
+def every_problem(*overrides: str) -> list[str]:
+    """As the command line finds them: with the rules on layers."""
+    try:
+        compose("pretrain", list(overrides), more_rules=LAYER_RULES)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_mistakes_of_one_section_are_listed_together(case):
+    overrides, starts = TOGETHER[case]
+    found = every_problem(*overrides)
+    assert [start for start in starts if not any(problem.startswith(start) for problem in found)] == [], found
+    assert len(found) == len(starts), found
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_a_wrong_value_brings_no_second_message(case):
+    found = every_problem(*ALONE[case])
+    assert len(found) == 1, found
+
+
+def keys_and_paths(values, section, path=()):
+    """Each key that can be wrong and its path, names of choices left out."""
+    for key, hint in hints_of(pick(section, values)).items():
+        if is_section(hint):
+            yield from keys_and_paths(values[key], hint, (*path, key))
+        elif key != "name":
+            yield ".".join((*path, key)), (*path, key)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        ("pretrain", ["schedule=wsd", "data=text_files", f"data.train_files=[{__file__}]", "logging=none"]),
+        ("pretrain", ["schedule=linear", "data=c4"]),
+        ("pretrain", ["parameterization=dense", "train.max_tokens=100000", "schedule=constant"]),
+        ("evaluate", ["source=."]),
+        ("generate", ["source=.", "do_sample=false", "temperature=0.8"]),
+        ("export", ["source=.", "to=new"]),
+        ("plan", []),
+        ("bench", ["what=step"]),
+        ("bench", []),
+    ],
+)
+def test_each_key_alone_can_be_wrong(command, overrides):
+    """No rule breaks on a wrong value, reports it again, or takes the default instead."""
+    section, _ = ROOTS[command]
+    right = to_dict(compose(command, overrides))
+    assert all_problems(command, section, right, LAYER_RULES) == []
+    keys = dict(keys_and_paths(right, section))
+    assert len(keys) >= len(hints_of(section))
+    for key, path in keys.items():
+        values = copy.deepcopy(right)
+        place = values
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = {3: "of no type of ours"}
+        (problem,) = all_problems(command, section, values, LAYER_RULES)
+        assert problem.startswith(f"{key} = {{3: "), problem
+
+
+def test_a_mistake_of_our_own_in_a_rule_is_not_hidden():
+    def broken(model):
+        return model.no_such_key
+
+    with pytest.raises(AttributeError):
+        compose("pretrain", ["model.vocab_size=0"], more_rules=[broken])
 
 
 class TestProcesses:
