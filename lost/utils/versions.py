@@ -1,5 +1,6 @@
 """What produced a run: commit, package and device versions, command line."""
 
+import os
 import platform
 import shlex
 import subprocess
@@ -33,8 +34,8 @@ def versions() -> dict[str, Any]:
     """Facts for versions.json, as JSON values.
 
     Returns:
-        commit (null outside a repository of ours), is_dirty (whether files differ from it), python, platform, packages
-        (null: not installed), devices, command_line.
+        commit (outside a repository of ours the variable LOST_COMMIT, or null), is_dirty (whether files differ from
+        it), python, platform, packages (null: not installed), devices, command_line.
     """
     return {
         **_commit(),
@@ -59,7 +60,7 @@ def _commit() -> dict[str, Any]:
     is_tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     commit = _git("rev-parse", "HEAD") if is_tracked else None
     if commit is None:
-        return {"commit": None, "is_dirty": None}
+        return {"commit": os.environ.get("LOST_COMMIT") or None, "is_dirty": None}
     status = _git("status", "--porcelain")
     return {"commit": commit, "is_dirty": None if status is None else bool(status)}
 

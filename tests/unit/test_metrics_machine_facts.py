@@ -77,6 +77,16 @@ def test_without_git_there_is_no_commit(package, monkeypatch, tmp_path):
     assert (facts["commit"], facts["is_dirty"]) == (None, None)
 
 
+def test_an_image_names_its_commit_where_there_is_no_git(package, monkeypatch):
+    monkeypatch.setenv("LOST_COMMIT", "0123abc")
+    git(package, "add", ".")
+    git(package, "commit", "-q", "-m", "first")
+    assert versions()["commit"] not in ("0123abc", None)
+    monkeypatch.setenv("PATH", "")
+    facts = versions()
+    assert (facts["commit"], facts["is_dirty"]) == ("0123abc", None)
+
+
 def touch_memory(size_bytes: int, peaks) -> None:
     """Peaks before, with and after a block of memory whose every page is written."""
     before = peak_resident_bytes()
