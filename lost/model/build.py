@@ -12,9 +12,9 @@ from lost.accounting.costs import linear_costs
 from lost.config.schema import DenseConfig, ModelConfig, ParameterizationConfig
 from lost.config.section import to_dict
 from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM
-from lost.model.lost_init import layer_generator
+from lost.model.lost_init import factorisation_cost, layer_generator
 from lost.model.parameterizations import parameterization_of
-from lost.model.workers import run_side_by_side
+from lost.model.split import Piece, Processes, own_tensors, shared_values, write
 from lost.utils.errors import ConfigError
 
 
@@ -58,14 +58,22 @@ def empty_model(
 
     Parameters and persistent buffers hold whatever was in memory; the rotary embedding and the norms are set.
     """
-    linear_costs(model, parameterization)
     net = build_meta_model(model, parameterization, dtype=dtype, tokenizer_ids=tokenizer_ids)
+    materialise(net, parameterization, device)
+    return net
+
+
+@torch.no_grad()
+def materialise(net: PreTrainedModel, parameterization: ParameterizationConfig, device: torch.device | str) -> None:
+    """Gives a model on the meta device, sharded by `fully_shard` or not, memory on `device`; `initialise` comes next.
+
+    Parameters and persistent buffers hold whatever was in memory; the rotary embedding and the norms are set.
+    """
     net.to_empty(device=device)
     net.tie_weights()
     for module in net.modules():
         if not _is_drawn(module, parameterization):
             net._init_weights(module)
-    return net
 
 
 def _is_drawn(module: nn.Module, parameterization: ParameterizationConfig) -> bool:
@@ -81,7 +89,12 @@ def build_meta_model(
     dtype: torch.dtype = torch.float32,
     tokenizer_ids: Mapping[str, int | None] | None = None,
 ) -> PreTrainedModel:
-    """The model on the meta device: shapes without memory."""
+    """The model on the meta device: shapes without memory.
+
+    Raises:
+        ConfigError: as `build_model`.
+    """
+    linear_costs(model, parameterization)
     config = llama_config(model, parameterization, tokenizer_ids)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -144,32 +157,67 @@ def token_ids(model: ModelConfig, tokenizer_ids: Mapping[str, int | None]) -> di
 
 
 @torch.no_grad()
-def initialise(net: PreTrainedModel, parameterization: ParameterizationConfig, seed: int) -> None:
-    """Random initial values of an `empty_model`, module by module; at most one W0 a CPU thread lives.
+def initialise(
+    net: PreTrainedModel,
+    parameterization: ParameterizationConfig,
+    seed: int,
+    *,
+    processes: Processes = Processes(),  # noqa: B008
+) -> None:
+    """Random initial values of a model that has been through `materialise`, the same bits for any split.
+
+    Each module is computed whole by one of the processes and sent to the others, each of which writes what it keeps.
+    A CPU thread holds one W0 at a time. Names of modules must be those of the plain model.
+
+    Args:
+        net: its parameters are plain tensors or DTensors.
+        parameterization: the one that `net` was built with.
+        seed: as in `build_model`.
+        processes: those that call this together; by default this one works alone.
+
+    Raises:
+        LostError: a layer cannot be factorised as the config says; on every process.
 
     Numerics: N(0, initializer_range) in float32 on the CPU from (seed, name), norms 1, biases 0; the pad row of the
     embedding is 0, as transformers has it.
     """
+    pieces = _pieces(net, parameterization, seed)
+    for number, values in shared_values(pieces, processes):
+        tensors = own_tensors(pieces[number].module)
+        for name, value in values.items():
+            write(tensors[name], value)
+
+
+def _pieces(net: PreTrainedModel, parameterization: ParameterizationConfig, seed: int) -> list[Piece]:
+    """Every module with random values; a tied head has those of the embedding."""
     form = parameterization_of(parameterization)
     std: float = net.config.initializer_range
 
-    def fill(name: str, layer: Any) -> None:
+    def layer_values(name: str, layer: Any) -> dict[str, torch.Tensor]:
         weight = draw(seed, f"{name}.weight", (layer.out_features, layer.in_features), std)
-        form.fill(layer, weight, parameterization, layer_generator(seed, f"{name}.factors"))
+        return form.initial_values(layer, weight, parameterization, layer_generator(seed, f"{name}.factors"))
 
-    jobs = []
+    def dense_values(name: str, module: Any) -> dict[str, torch.Tensor]:
+        weight = draw(seed, f"{name}.weight", tuple(module.weight.shape), std)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            weight[module.padding_idx].zero_()
+        return {"weight": weight}
+
+    pieces = []
     for name, module in net.named_modules():
-        if form.is_layer(module) and not _is_tied_head(net, module):
-            jobs.append(partial(fill, name, module))
-        elif isinstance(module, nn.Linear):
-            if not _is_tied_head(net, module):
-                module.weight.copy_(draw(seed, f"{name}.weight", tuple(module.weight.shape), std))
-        elif isinstance(module, nn.Embedding):
-            module.weight.copy_(draw(seed, f"{name}.weight", tuple(module.weight.shape), std))
-            if module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
-    for _ in run_side_by_side(jobs):
-        pass
+        if not _is_drawn(module, parameterization) or _is_tied_head(net, module):
+            continue
+        compute = partial(layer_values if form.is_layer(module) else dense_values, name, module)
+        pieces.append(Piece(module, _cost(module), compute, next(module.parameters()).device))
+    return pieces
+
+
+def _cost(module: nn.Module) -> int:
+    """Relative work: that of a draw goes by the entries of the weight."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return module.weight.numel()
+    sizes: Any = module
+    return factorisation_cost(sizes.out_features, sizes.in_features)
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from lost.config.schema import ParameterizationConfig
 from lost.config.section import build, to_dict
 from lost.model.parameterizations import parameterization_of
+from lost.model.split import write
 from lost.utils.errors import CheckpointError
 
 
@@ -61,7 +62,8 @@ class LostLlamaPreTrainedModel(LlamaPreTrainedModel):
             weight = torch.empty(module.out_features, module.in_features, dtype=torch.float32, device="cpu")  # pyright: ignore
             # The aliases of torch.nn.init skip loaded weights; this draw is a fresh tensor.
             weight.normal_(0, self.config.initializer_range)
-            form.fill(module, weight, config, None)
+            for name, value in form.initial_values(module, weight, config, None).items():
+                write(getattr(module, name), value)
 
     def _materialise(self, device: torch.device) -> None:
         """Memory and initial values, unless an outer context builds on the meta device."""

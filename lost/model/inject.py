@@ -8,10 +8,10 @@ from torch import nn
 
 from lost.accounting.targets import ALL_LINEAR
 from lost.config.schema import LostConfig
-from lost.model.lost_init import layer_generator
+from lost.model.lost_init import factorisation_cost, layer_generator
 from lost.model.lost_linear import LostLinear, rank_of
+from lost.model.split import Piece, Processes, shared_values
 from lost.model.targets import Projections, family_names, matches_any, nearest_names, projections_of
-from lost.model.workers import run_side_by_side
 from lost.utils.errors import ConfigError, LostError
 
 
@@ -62,7 +62,12 @@ class _Planned:
 
 
 def inject(
-    module: nn.Module, config: LostConfig, *, family_targets: Projections | None = None, seed: int = 0
+    module: nn.Module,
+    config: LostConfig,
+    *,
+    family_targets: Projections | None = None,
+    seed: int = 0,
+    processes: Processes = Processes(),  # noqa: B008
 ) -> InjectionReport:
     """Replaces the chosen nn.Linear modules inside `module` in place, each by the LOST layer of its weight.
 
@@ -74,6 +79,8 @@ def inject(
         config: the settings; its target_modules, rank_overrides and density_overrides name modules by patterns.
         family_targets: attention and MLP projections of a family that this project does not know.
         seed: random numbers of the options that draw any come from (seed, module name).
+        processes: those that call this together for equal modules and share the factorisations; by default this one
+            works alone.
 
     Raises:
         ConfigError: no linear matched, a pattern names nothing, the family is unknown, or a weight is tied.
@@ -87,12 +94,9 @@ def inject(
     if problems:
         raise ConfigError(problems)
     before = _num_parameters(module)
-    jobs = (partial(_layer_of, planned, seed) for planned in plan)
-    # Shapes alone, or a GPU's work, gain nothing from several threads.
-    is_on_cpu = all(planned.linear.weight.device.type == "cpu" for planned in plan)
-    made = run_side_by_side(jobs) if is_on_cpu else (job() for job in jobs)
-    layers = tuple(_replace(module, planned, layer) for planned, layer in zip(plan, made, strict=True))
-    return InjectionReport(layers, before, _num_parameters(module))
+    layers = _filled_layers(plan, seed, processes)
+    replaced = tuple(_replace(module, planned, layer) for planned, layer in zip(plan, layers, strict=True))
+    return InjectionReport(replaced, before, _num_parameters(module))
 
 
 def _linears_by_names(module: nn.Module) -> dict[tuple[str, ...], nn.Linear]:
@@ -224,9 +228,22 @@ def _shape_problems(plan: list[_Planned]) -> list[str]:
     return problems
 
 
-def _layer_of(planned: _Planned, seed: int) -> LostLinear:
-    generator = layer_generator(seed, planned.names[0])
-    return LostLinear.from_linear(planned.linear, planned.config, generator=generator)
+def _filled_layers(plan: list[_Planned], seed: int, processes: Processes) -> list[LostLinear]:
+    """The LOST layer of every planned linear; those on the meta device are left without values."""
+    layers = [LostLinear.like(planned.linear, planned.config) for planned in plan]
+    pieces, places = [], []
+    for place, (planned, layer) in enumerate(zip(plan, layers, strict=True)):
+        weight = planned.linear.weight
+        if not weight.is_meta:
+            cost = factorisation_cost(layer.out_features, layer.in_features)
+            compute = partial(layer.values_of, planned.linear, planned.config, layer_generator(seed, planned.names[0]))
+            pieces.append(Piece(layer, cost, compute, weight.device))
+            places.append(place)
+    # A GPU's work gains nothing from several threads.
+    is_on_cpu = all(piece.device.type == "cpu" for piece in pieces)
+    for number, values in shared_values(pieces, processes, is_on_cpu=is_on_cpu):
+        layers[places[number]].take(values, pieces[number].device)
+    return layers
 
 
 def _replace(module: nn.Module, planned: _Planned, layer: LostLinear) -> InjectedLayer:

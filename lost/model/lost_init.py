@@ -54,6 +54,11 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def factorisation_cost(out_features: int, in_features: int) -> int:
+    """Relative work of `factorise`: the entries of W0 times its shorter side."""
+    return out_features * in_features * min(out_features, in_features)
+
+
 @torch.no_grad()
 def factorise(
     dense_weight: Tensor, config: LostConfig, rank: int, num_kept: int, generator: torch.Generator | None = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lost.accounting.targets import kept_count, rank_count
 from lost.config.schema import Activation, CountOrFraction, LostConfig
-from lost.model.lost_init import Factors, factorise
+from lost.model.lost_init import factorise
 from lost.utils.errors import ConfigError, ShapeError
 
 INITIAL_STD = 0.02
@@ -129,33 +129,43 @@ class LostLinear(nn.Module):
 
     @torch.no_grad()
     def initialise(self, dense_weight: Tensor, config: LostConfig, generator: torch.Generator | None = None) -> None:
-        """Sets every weight but the bias from the dense weight W0, [N, K], by the rules of `config`.
+        """Sets every weight but the bias to `initial_values`."""
+        for name, value in self.initial_values(dense_weight, config, generator).items():
+            getattr(self, name).copy_(value)
+
+    @torch.no_grad()
+    def initial_values(
+        self, dense_weight: Tensor, config: LostConfig, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Parameters and buffers but the bias, by name, from the dense weight W0, [N, K], by the rules of `config`.
 
         Args:
             dense_weight: W0; not changed.
             config: how the factors and the sparse block start (complement_span, score, factor_init, ...).
             generator: random numbers of the options that draw any.
+
+        Returns:
+            Full tensors in float64 on the device of W0; nothing of the layer itself is read but its sizes.
+
+        Raises:
+            ShapeError: W0 is not [N, K].
         """
         if tuple(dense_weight.shape) != (self.out_features, self.in_features):
             raise ShapeError(
                 f"dense weight {list(dense_weight.shape)}: this layer takes [out_features, in_features]"
                 f" = [{self.out_features}, {self.in_features}]"
             )
-        self._set(factorise(dense_weight, config, self.lost_rank, self.num_kept, generator))
-
-    def _set(self, factors: Factors) -> None:
+        factors = factorise(dense_weight, config, self.lost_rank, self.num_kept, generator)
         up_scale = sparse_scale = 1.0
         if self.gamma_mode == "folded":
             up_scale, sparse_scale = self.initial_gamma, 1 - self.initial_gamma
-        self.low_rank_down.copy_(factors.low_rank_down)
-        self.low_rank_up.copy_(factors.low_rank_up * up_scale)
+        values = {"low_rank_down": factors.low_rank_down, "low_rank_up": factors.low_rank_up * up_scale}
         if factors.sparse_weight is not None and factors.sparse_index is not None:
-            assert self.sparse_weight is not None
-            assert self.sparse_index is not None
-            self.sparse_weight.copy_(factors.sparse_weight * sparse_scale)
-            self.sparse_index.copy_(factors.sparse_index)
+            values["sparse_weight"] = factors.sparse_weight * sparse_scale
+            values["sparse_index"] = factors.sparse_index
         if isinstance(self.gamma, nn.Parameter):
-            self.gamma.fill_(self.initial_gamma)
+            values["gamma"] = torch.full((1,), self.initial_gamma, dtype=torch.float64)
+        return values
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: LostConfig, *, generator: torch.Generator | None = None) -> Self:
@@ -170,6 +180,14 @@ class LostLinear(nn.Module):
             ConfigError: `config` has settings that need module names (overrides, activation_modules).
             ShapeError: the rank is above min(in_features, out_features).
         """
+        layer = cls.like(linear, config)
+        if not linear.weight.is_meta:
+            layer.take(layer.values_of(linear, config, generator), linear.weight.device)
+        return layer
+
+    @classmethod
+    def like(cls, linear: nn.Linear, config: LostConfig) -> Self:
+        """`from_linear` on the meta device: sizes, dtype and flags without values."""
         named = [key for key in ("rank_overrides", "density_overrides", "target_modules") if getattr(config, key)]
         named += [] if config.activation_modules == "all" else ["activation_modules"]
         if named:
@@ -192,14 +210,23 @@ class LostLinear(nn.Module):
             dtype=weight.dtype,
         )
         layer._config = config
-        if not weight.is_meta:
-            layer.to_empty(device=weight.device)
-            layer.initialise(weight.detach(), config, generator)
-            if layer.bias is not None:
-                layer.bias.data.copy_(linear.bias.data)
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(linear.bias.requires_grad if name == "bias" else weight.requires_grad)
         return layer.train(linear.training)
+
+    def values_of(
+        self, linear: nn.Linear, config: LostConfig, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """`initial_values` from the weight of `linear`, and its bias."""
+        bias = {} if linear.bias is None else {"bias": linear.bias.detach()}
+        return self.initial_values(linear.weight.detach(), config, generator) | bias
+
+    @torch.no_grad()
+    def take(self, values: dict[str, Tensor], device: torch.device) -> None:
+        """Memory on `device` for a layer on the meta device, and the values of all its parameters and buffers."""
+        self.to_empty(device=device)
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
 
     def forward(self, x: Tensor) -> Tensor:
         return lost_linear(

@@ -245,7 +245,7 @@ def test_the_dense_weights_never_exist_together(build):
 def build_in_this_thread(model: ModelConfig, form: LostConfig):
     """build_model fills layers in threads of its own, which a dispatch mode does not see."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lost.model.build.run_side_by_side", lambda jobs: (job() for job in jobs))
+        patch.setattr("lost.model.split.run_side_by_side", lambda jobs: (job() for job in jobs))
         return build_model(model, form, seed=0)
 
 

@@ -29,8 +29,13 @@ class Parameterization(Protocol):
         """Whether `module` is a layer that `swap` made."""
         ...
 
-    def fill(self, layer: Any, dense_weight: Tensor, config: Any, generator: torch.Generator | None) -> None:
-        """Gives every parameter and buffer of a layer its initial value, from the dense weight W0 it stands for."""
+    def initial_values(
+        self, layer: Any, dense_weight: Tensor, config: Any, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Initial value of every parameter and buffer of a layer by name, from the dense weight W0 it stands for.
+
+        Full tensors, whatever part of them this process keeps; of the layer only sizes are read.
+        """
         ...
 
 

@@ -13,14 +13,12 @@ class Dense:
     def is_layer(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
 
-    @torch.no_grad()
-    def fill(
+    def initial_values(
         self,
         layer: nn.Linear,
         dense_weight: Tensor,
         config: DenseConfig,  # noqa: ARG002
         generator: torch.Generator | None,  # noqa: ARG002
-    ) -> None:
-        layer.weight.copy_(dense_weight)
-        if layer.bias is not None:
-            layer.bias.zero_()
+    ) -> dict[str, Tensor]:
+        bias = {} if layer.bias is None else {"bias": torch.zeros(layer.out_features)}
+        return {"weight": dense_weight, **bias}

@@ -15,10 +15,8 @@ class Lost:
     def is_layer(self, module: nn.Module) -> bool:
         return isinstance(module, LostLinear)
 
-    @torch.no_grad()
-    def fill(
+    def initial_values(
         self, layer: LostLinear, dense_weight: Tensor, config: LostConfig, generator: torch.Generator | None
-    ) -> None:
-        layer.initialise(dense_weight, config, generator)
-        if layer.bias is not None:
-            layer.bias.zero_()
+    ) -> dict[str, Tensor]:
+        bias = {} if layer.bias is None else {"bias": torch.zeros(layer.out_features)}
+        return layer.initial_values(dense_weight, config, generator) | bias
