@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from lost.assemble.locate import Place, locate
-from lost.checkpoint.io import read_json, read_tensors
+from lost.checkpoint.io import read_json
 from lost.checkpoint.manifest import verify
+from lost.checkpoint.shards import read_whole
 from lost.config.schema import PretrainConfig
 from lost.config.section import build
 from lost.model import LostLlamaConfig, LostLlamaForCausalLM
@@ -73,8 +74,8 @@ def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
 
 def load_checkpoint(place: Place, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a checkpoint of ours, verified by its manifest; only the weights are read."""
-    manifest = verify(place.folder)
-    tensors = read_tensors(place.folder / "model.safetensors", manifest.aliases.get("model", {}))
+    manifest = verify(place.folder, "model")
+    tensors = read_whole(place.folder, "model", manifest.aliases.get("model", {}))
     run_config = config_of_checkpoint(place.folder)
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = llama_config(run_config.model, run_config.parameterization, ids)

@@ -4,13 +4,14 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from lost.accounting import flops_per_token
 from lost.assemble.facts import card_facts
-from lost.assemble.resume import find_checkpoint, is_finished, load_checkpoint, stored_config
+from lost.assemble.resume import check_checkpoint, find_checkpoint, is_finished, restore, stored_config
 from lost.assemble.sample import sample_text
 from lost.assemble.source import Start, start_as_stored, start_of
 from lost.assemble.summary import print_start, print_summary
@@ -26,19 +27,21 @@ from lost.checkpoint import (
     write_text_atomically,
 )
 from lost.checkpoint.run_dir import RunState
+from lost.checkpoint.shards import read_into
 from lost.config.schema import PretrainConfig
 from lost.config.section import to_dict
 from lost.data import Batch, Prepared, prepare, train_batches
 from lost.data.progress import PreparationBar
 from lost.export import save_final
+from lost.model.build import materialise
+from lost.model.split import Processes
+from lost.train.engine import Engine
 from lost.train.metrics import MetricsLogger, Progress
-from lost.train.optim import build_optimizer
 from lost.train.profile import StepProfiler
 from lost.train.runtime import Runtime, start_runtime
 from lost.train.state import TrainState, snapshot
 from lost.train.stop import StopRequest
 from lost.train.trainer import Run, fit
-from lost.train.wrap import wrap_model
 from lost.utils.errors import LostError, TrainingError
 from lost.utils.logging import get_logger, setup
 from lost.utils.versions import versions
@@ -76,18 +79,15 @@ def carry_out(start: Start, runtime: Runtime, stack: ExitStack) -> int:
     """Everything after it is clear that there is something to do."""
     config = start.config
     run_dir = Path(config.run_dir)
-    manager = CheckpointManager(run_dir / "checkpoints", keep=config.checkpoint.keep)
+    manager = CheckpointManager(run_dir / "checkpoints", config.checkpoint.keep, runtime.checkpoint_group)
     # Weights and row order have generators of their own; this is for whatever else draws a number.
     set_seed(config.seed)
     checkpoint = find_checkpoint(config, manager, runtime)
     prepared = prepare_data(start, runtime)
-    make_model = start.make_empty_model if checkpoint else start.make_model
-    model = make_model(runtime.param_dtype, prepared.tokenizer)
-    wrapped = wrap_model(model, config.runtime, runtime)
-    optimizer = build_optimizer(model, config.optimizer, runtime.device)
-    state = TrainState()
-    if checkpoint:
-        state = load_checkpoint(checkpoint, manager, config, prepared, model, optimizer, runtime)
+    facts = check_checkpoint(checkpoint, config, prepared, runtime) if checkpoint else {}
+    model = start.make_meta_model(runtime.param_dtype, prepared.tokenizer)
+    engine = Engine(model, config.runtime, config.optimizer, runtime, fill_with(start, runtime, checkpoint))
+    state = restore(checkpoint, facts, engine, runtime) if checkpoint else TrainState()
     with status_of_failures(run_dir, runtime, state):
         if runtime.is_main:
             open_run_dir(config, prepared, manager, state, is_resumed=checkpoint is not None)
@@ -101,9 +101,7 @@ def carry_out(start: Start, runtime: Runtime, stack: ExitStack) -> int:
         run = Run(
             config=config,
             runtime=runtime,
-            model=model,
-            wrapped=wrapped,
-            optimizer=optimizer,
+            engine=engine,
             batches=batches,
             metrics=metrics,
             progress=Progress(config.train.num_steps, state.step, is_main=runtime.is_main),
@@ -112,54 +110,92 @@ def carry_out(start: Start, runtime: Runtime, stack: ExitStack) -> int:
             flops_per_token=flops_per_token(config.model, config.parameterization, config.train.seq_len),
             peak_flops=runtime.peak_tflops(config.runtime.peak_tflops) * 1e12,
         )
-        reached_the_end = train(run, state, prepared, manager)
+        reached_the_end = train(run, start, state, prepared, manager)
     return close_run(run, state, reached_the_end)
 
 
-def train(run: Run, state: TrainState, prepared: Prepared, manager: CheckpointManager) -> bool:
+def fill_with(start: Start, runtime: Runtime, checkpoint: Path | None) -> Callable[[torch.nn.Module], None]:
+    """The function that gives a wrapped model its memory and the weights of the checkpoint, or of step 0."""
+    index, count = runtime.process_index, runtime.num_processes
+    processes = Processes(index, count, broadcast) if count > 1 else Processes()
+
+    def fill(model: torch.nn.Module) -> None:
+        assert isinstance(model, PreTrainedModel)
+        materialise(model, start.config.parameterization, runtime.device)
+        if checkpoint:
+            read_into(checkpoint, "model", model.state_dict())
+        else:
+            start.fill(model, processes)
+
+    return fill
+
+
+def broadcast(tensor: torch.Tensor, source: int) -> None:
+    """Fills `tensor` on every process with that of process `source`."""
+    torch.distributed.broadcast(tensor, source)
+
+
+def train(run: Run, start: Start, state: TrainState, prepared: Prepared, manager: CheckpointManager) -> bool:
     """fit() with its callables; failures from here on are no mistakes of the settings."""
     try:
-        return fit(
+        reached_the_end = fit(
             run,
             state,
             evaluate=lambda: evaluation_line(run, prepared),
             save=save_with(run, prepared, manager),
-            save_final=lambda: save_final_model(run, state, prepared),
+            save_final=lambda: save_final_model(run, start, state, prepared),
         )
+        manager.finish()
     except LostError as error:
         raise TrainingError(str(error)) from error
+    return reached_the_end
 
 
 def save_with(run: Run, prepared: Prepared, manager: CheckpointManager) -> Callable[[TrainState], None]:
-    """The function that saves everything a resume needs; called on every process, process 0 writes."""
+    """The function that saves everything a resume needs; called on every process."""
+    save_to = manager.save_in_background if run.config.checkpoint.background else manager.save
 
     def save(state: TrainState) -> None:
-        tensors, facts = snapshot(run.model, run.optimizer, state, run.runtime)
+        tensors, facts = snapshot(run.engine, state, run.runtime)
+        facts |= {
+            "config": to_dict(run.config),
+            "precision": run.runtime.precision,
+            "data_fingerprint": prepared.fingerprint,
+        }
         if run.runtime.is_main:
             run.metrics.sync()
-            facts |= {
-                "config": to_dict(run.config),
-                "precision": run.runtime.precision,
-                "data_fingerprint": prepared.fingerprint,
-            }
-            manager.save(state.step, tensors, facts)
             write_status(run.config.run_dir, "running", state.step)
-        run.runtime.accelerator.wait_for_everyone()
+        save_to(state.step, tensors, facts)
 
     return save
 
 
-def save_final_model(run: Run, state: TrainState, prepared: Prepared) -> None:
+def save_final_model(run: Run, start: Start, state: TrainState, prepared: Prepared) -> None:
     """The Hugging Face folder final/ and a sample of what the model writes."""
-    if not run.runtime.is_main:
+    model = whole_model(run, start, prepared)
+    if model is None:
         return
-    assert isinstance(run.model, PreTrainedModel)
     run_dir = Path(run.config.run_dir)
     first_set = next(iter(prepared.validation.values()))
-    text = sample_text(run.model, prepared.tokenizer, first_set, run.config.seed)
+    text = sample_text(model, prepared.tokenizer, first_set, run.config.seed)
     write_text_atomically(run_dir / "sample.txt", text)
     facts = card_facts(run.config, run_dir, state.step, state.tokens_seen)
-    save_final(run.model, prepared.tokenizer, run_dir / "final", facts)
+    save_final(model, prepared.tokenizer, run_dir / "final", facts)
+
+
+def whole_model(run: Run, start: Start, prepared: Prepared) -> PreTrainedModel | None:
+    """The trained model as one process has it that trains alone; None on every process but the first."""
+    model = run.engine.model
+    assert isinstance(model, PreTrainedModel)
+    if run.runtime.name in ("single", "ddp"):
+        return model if run.runtime.is_main else None
+    weights = run.engine.whole_tensors()
+    if not run.runtime.is_main:
+        return None
+    whole = start.make_meta_model(run.runtime.param_dtype, prepared.tokenizer)
+    materialise(whole, start.config.parameterization, "cpu")
+    whole.load_state_dict(weights)
+    return whole
 
 
 def close_run(run: Run, state: TrainState, reached_the_end: bool) -> int:

@@ -3,21 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 
 from lost.checkpoint import CheckpointManager, check_same, differences, fixed_keys, read_status
+from lost.checkpoint.io import read_json
+from lost.checkpoint.manager import FACTS_NAME
+from lost.checkpoint.shards import read_into, read_whole, stored_tensors
 from lost.config.schema import PretrainConfig
 from lost.config.section import leaves, to_dict
 from lost.data import Prepared
+from lost.train.engine import Engine
 from lost.train.runtime import Runtime
-from lost.train.state import TrainState, restore
+from lost.train.state import TrainState, restore_rng
 from lost.utils.errors import CheckpointError
 
 # Settings that do not change what a finished run came to.
 WITHOUT_EFFECT_ON_RESULTS = (
-    *("logging.", "checkpoint.", "runtime.", "run_dir", "data.cache_dir", "data.num_workers"),
+    *("logging.", "checkpoint.", "runtime.", "run_dir", "data.cache_dir", "data.num_workers", "data.num_processes"),
     *("train.micro_batch_size", "train.max_hours", "train.max_skipped_steps", "evaluation.micro_batch_size"),
 )
 
@@ -67,22 +70,13 @@ def find_checkpoint(config: PretrainConfig, manager: CheckpointManager, runtime:
     return broadcast_object_list(found)[0]
 
 
-def load_checkpoint(
-    path: Path,
-    manager: CheckpointManager,
-    config: PretrainConfig,
-    prepared: Prepared,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    runtime: Runtime,
-) -> TrainState:
-    """Model, optimizer, random generators and counters of a checkpoint, put in place.
+def check_checkpoint(path: Path, config: PretrainConfig, prepared: Prepared, runtime: Runtime) -> dict[str, Any]:
+    """The facts of a checkpoint that process 0 has verified.
 
     Raises:
         CheckpointError: it was made with other settings, precision or data, or lies after the last step.
     """
-    # Process 0 has verified it while choosing it.
-    tensors, facts = manager.load(path, is_verified=not runtime.is_main)
+    facts = read_json(path / FACTS_NAME)
     check_same(facts["config"], to_dict(config), fixed_keys(config), path)
     if facts["precision"] != runtime.precision:
         raise CheckpointError(
@@ -95,10 +89,22 @@ def load_checkpoint(
             f" data={to_dict(config.data)['name']} now {prepared.fingerprint}. Bring the old data (for stdlib: the old"
             " Python version) back, or start a new run from its weights: source=<run_dir> run_dir=<new folder>"
         )
-    state = restore(model, optimizer, runtime, tensors, facts)
-    if state.step > config.train.num_steps:
+    step = facts["counters"]["step"]
+    if step > config.train.num_steps:
         raise CheckpointError(
-            f"{path} is after step {state.step}, and train.max_steps or max_tokens ends the run at step"
+            f"{path} is after step {step}, and train.max_steps or max_tokens ends the run at step"
             f" {config.train.num_steps}: raise it, or choose another run_dir"
         )
-    return state
+    return facts
+
+
+def restore(path: Path, facts: dict[str, Any], engine: Engine, runtime: Runtime) -> TrainState:
+    """Optimizer, random generators and counters of a checkpoint, whose weights the model has already.
+
+    Raises:
+        CheckpointError: the optimizer state does not fit the model.
+    """
+    names = {name.removeprefix("optimizer/") for name in stored_tensors(path) if name.startswith("optimizer/")}
+    engine.load_optimizer(lambda tensors: read_into(path, "optimizer", tensors), names)
+    restore_rng(read_whole(path, "rng", {}), runtime)
+    return TrainState(**facts["counters"])

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrained
 from lost.assemble.load import load_model
 from lost.config.schema import DenseConfig, ModelConfig, ParameterizationConfig, PretrainConfig
 from lost.config.section import build
-from lost.model import LostLlamaConfig, build_model, empty_model
-from lost.model.build import llama_config
+from lost.model import LostLlamaConfig
+from lost.model.build import build_meta_model, initialise, llama_config
+from lost.model.split import Processes, write
 from lost.utils.errors import ConfigError
 
-MakeModel = Callable[[torch.dtype, PreTrainedTokenizerBase], PreTrainedModel]
+FillModel = Callable[[PreTrainedModel, Processes], None]
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,18 @@ class Start:
     Attributes:
         config: the run's config, its model and parameterization those of the source where there is one.
         tokenizer: the source's; None: the data section decides.
-        make_model: (dtype, tokenizer of the data) -> the weights of step 0, on the CPU.
+        fill: (model, processes) -> None: gives a model the weights of step 0, together with the other processes.
     """
 
     config: PretrainConfig
     tokenizer: PreTrainedTokenizerBase | None
-    make_model: MakeModel
+    fill: FillModel
 
-    def make_empty_model(self, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The model without values, for those that a checkpoint brings."""
+    def make_meta_model(self, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model without memory, to be wrapped first and filled then."""
         config = self.config
         ids = special_ids(tokenizer)
-        return empty_model(config.model, config.parameterization, dtype=dtype, tokenizer_ids=ids)
+        return build_meta_model(config.model, config.parameterization, dtype=dtype, tokenizer_ids=ids)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
@@ -53,9 +54,8 @@ def start_of(config: PretrainConfig) -> Start:
     """
     if not config.source:
 
-        def fresh(dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-            ids = special_ids(tokenizer)
-            return build_model(config.model, config.parameterization, seed=config.seed, dtype=dtype, tokenizer_ids=ids)
+        def fresh(net: PreTrainedModel, processes: Processes) -> None:
+            initialise(net, config.parameterization, config.seed, processes=processes)
 
         return Start(config, None, fresh)
 
@@ -68,9 +68,11 @@ def start_of(config: PretrainConfig) -> Start:
         )
     actual = dataclasses.replace(config, model=model, parameterization=parameterization)
 
-    def continued(dtype: torch.dtype, _: PreTrainedTokenizerBase) -> PreTrainedModel:
-        # Loaded anew, so that no second copy lives on, and because Module.to() would round the rotary frequencies too.
-        return load_model(config.source, dtype=dtype).model
+    def continued(net: PreTrainedModel, _: Processes) -> None:
+        # Loaded anew, so that no second copy lives on.
+        weights = load_model(config.source, dtype=net.dtype).model.state_dict()
+        for name, tensor in net.state_dict().items():
+            write(tensor, weights[name])
 
     return Start(actual, loaded.tokenizer, continued)
 
@@ -87,7 +89,7 @@ def start_as_stored(config: PretrainConfig, stored: dict[str, Any], run_dir: Pat
         build(ParameterizationConfig, stored["parameterization"]),
     )
 
-    def no_fresh_weights(*_: object) -> PreTrainedModel:
+    def no_fresh_weights(*_: object) -> None:
         raise AssertionError("a stored run has a checkpoint")
 
     return Start(

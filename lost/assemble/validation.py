@@ -30,7 +30,7 @@ def validate(run: Run, rows: TokenRows) -> PerplexityResult:
     # Compiled blocks would be compiled once more for these shapes without gradients: minutes on a CPU.
     with torch.compiler.set_stance("force_eager"):
         return perplexity(
-            run.model,
+            run.engine.model,
             rows,
             micro_batch_size=evaluation.micro_batch_size,
             device=runtime.device,

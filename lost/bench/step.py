@@ -17,7 +17,7 @@ from lost.utils.errors import ConfigError
 
 
 def bench_step(config: BenchConfig) -> BenchResult:
-    """Times of training steps on num_tokens // seq_len rows of random tokens, recomputing what training does by default.
+    """Times of training steps on num_tokens // seq_len rows of random tokens, with the default recomputation.
 
     Raises:
         ConfigError: num_tokens is no multiple of seq_len, or a row is longer than the model takes.

@@ -2,11 +2,16 @@
 
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lost.checkpoint.io import Tensors, read_json, read_tensors, replace, write_json, write_tensors
-from lost.checkpoint.manifest import Manifest, read_manifest, verify, write_manifest
+import torch.distributed as dist
+
+from lost.checkpoint.io import read_json, replace, write_json
+from lost.checkpoint.manifest import FileEntry, Manifest, file_entry, read_manifest, verify, write_manifest
+from lost.checkpoint.shards import Groups, Tensors, copied, read_whole, stored_tensors, tied_names, write_shards
 from lost.utils.errors import CheckpointError
 from lost.utils.files import flush
 from lost.utils.logging import get_logger
@@ -14,6 +19,7 @@ from lost.utils.logging import get_logger
 logger = get_logger(__name__)
 
 FACTS_NAME = "state.json"
+Result = TypeVar("Result")
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 # Being written, and on the way to be deleted; followed by the step.
 _SAVING_PREFIX = ".tmp_step_"
@@ -22,7 +28,7 @@ _SET_ASIDE_PREFIX = "superseded_"
 
 
 class CheckpointManager:
-    """Saves, finds, verifies and prunes the checkpoints in one folder. Only one process of a run may save.
+    """Saves, finds, verifies and prunes the checkpoints in one folder, which every process of a run sees.
 
     A checkpoint is written to `.tmp_step_<step>`, every file flushed to the disk, the manifest last; the folder is then
     renamed to `step_<step>`. A kill at any moment leaves the older checkpoints as they were.
@@ -30,44 +36,54 @@ class CheckpointManager:
     Args:
         folder: usually <run_dir>/checkpoints; made when first needed.
         keep: newest complete checkpoints kept, at least 1.
+        processes: gloo group of the processes that save together, used for nothing else; None: this process alone.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    def __init__(self, folder: str | Path, keep: int = 2, processes: dist.ProcessGroup | None = None):
         assert keep >= 1, keep
         self.folder = Path(folder)
         self.keep = keep
+        self._processes = processes
+        self._is_main = processes is None or dist.get_rank(processes) == 0
         # Checkpoints that this process has verified, with what their files looked like: sums are not computed twice.
         self._verified: dict[Path, tuple] = {}
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
 
-    def save(self, step: int, tensors: dict[str, Tensors], facts: dict[str, Any]) -> Path:
-        """Writes a checkpoint, then deletes those beyond `keep`.
+    def save(self, step: int, groups: Groups, facts: dict[str, Any]) -> Path:
+        """Writes a checkpoint, then deletes those beyond `keep`; called on every process of the group.
 
         Args:
             step: optimizer steps done.
-            tensors: file name without ending ("model", "optimizer", "rng") -> tensors by name.
-            facts: everything else, as JSON values (text keys).
+            groups: group ("model", "optimizer", "rng") -> tensors by name, whole or sharded; what process 0 alone has
+                is written by it.
+            facts: everything else, as JSON values (text keys); those of process 0 are written.
         Returns:
             The checkpoint's folder.
         Raises:
-            CheckpointError: it could not be written; older checkpoints are untouched and nothing half-written counts.
+            CheckpointError: on every process, where one could not write; older checkpoints are untouched and nothing
+                half-written counts.
         """
-        target = self.folder / step_name(step)
-        temporary = self.folder / f"{_SAVING_PREFIX}{step:08d}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _remove(temporary)
-            temporary.mkdir()
-            self._write(temporary, step, tensors, facts)
-            self._commit(temporary, target)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {target} could not be written: {error}") from error
-        finally:
-            _remove(temporary)
-        self._prune(newest=target)
-        return target
+        self.finish()
+        return self._save(step, groups, facts)
+
+    def save_in_background(self, step: int, groups: Groups, facts: dict[str, Any]) -> None:
+        """`save`, of which the caller waits for a copy in memory only (and for the save before it, if still running).
+
+        Raises:
+            CheckpointError: the save before it failed; `finish` raises what went wrong in the last one.
+        """
+        self.finish()
+        self._pending = self._background.submit(self._save, step, copied(groups), facts)
+
+    def finish(self) -> None:
+        """Waits for a save in the background; raises its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def load(self, path: str | Path, *, is_verified: bool = False) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """Tensors (on the CPU, by file name and name) and facts of a checkpoint, verified first.
+        """Tensors (whole, on the CPU, by group and name) and facts of a checkpoint, verified first.
 
         Args:
             is_verified: another process of this run has just computed the sums of its files.
@@ -76,12 +92,9 @@ class CheckpointManager:
         """
         path = Path(path)
         manifest = read_manifest(path) if is_verified else self._verify_or_advise(path)
-        tensors = {
-            name.removesuffix(".safetensors"): read_tensors(
-                path / name, manifest.aliases.get(name.removesuffix(".safetensors"), {})
-            )
-            for name in manifest.files
-            if name.endswith(".safetensors")
+        groups = sorted({name.split("/", 1)[0] for name in stored_tensors(path)})
+        tensors: dict[str, Tensors] = {
+            group: read_whole(path, group, manifest.aliases.get(group, {})) for group in groups
         }
         return tensors, read_json(path / FACTS_NAME)
 
@@ -158,16 +171,59 @@ class CheckpointManager:
                 _remove(aside)
                 replace(path, aside)
 
-    def _write(self, folder: Path, step: int, tensors: dict[str, Tensors], facts: dict[str, Any]) -> None:
-        aliases = {}
-        for name, group in tensors.items():
-            assert re.fullmatch(r"[a-z0-9_]+", name), name
-            found = write_tensors(folder / f"{name}.safetensors", group)
-            if found:
-                aliases[name] = found
-        write_json(folder / FACTS_NAME, facts)
-        write_manifest(folder, step, aliases)
-        flush(folder)
+    def _save(self, step: int, groups: Groups, facts: dict[str, Any]) -> Path:
+        target = self.folder / step_name(step)
+        temporary = self.folder / f"{_SAVING_PREFIX}{step:08d}"
+        aliases = {group: tied_names(tensors) for group, tensors in groups.items()}
+        stored = {
+            group: {name: value for name, value in tensors.items() if name not in aliases[group]}
+            for group, tensors in groups.items()
+        }
+
+        def begin() -> None:
+            if self._is_main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _remove(temporary)
+                temporary.mkdir()
+
+        def write() -> dict[str, FileEntry]:
+            return {path.name: file_entry(path) for path in write_shards(temporary, stored, self._processes)}
+
+        def commit() -> None:
+            if self._is_main:
+                write_json(temporary / FACTS_NAME, facts)
+                known = {name: entry for part in written for name, entry in part.items()}
+                write_manifest(temporary, step, {group: names for group, names in aliases.items() if names}, known)
+                flush(temporary)
+                self._commit(temporary, target)
+
+        try:
+            self._everywhere(begin, target)
+            written = self._everywhere(write, target)
+            self._everywhere(commit, target)
+        finally:
+            if self._is_main:
+                _remove(temporary)
+        if self._is_main:
+            self._prune(newest=target)
+        return target
+
+    def _everywhere(self, action: Callable[[], Result], target: Path) -> list[Result]:
+        """What `action` returns on each process; a failure of one is an error on all, so that none waits for it."""
+        problem, result = "", None
+        try:
+            result = action()
+        except (OSError, CheckpointError) as error:
+            problem = f"checkpoint {target} could not be written: {error}"
+        if self._processes is None:
+            answers = [(problem, result)]
+        else:
+            answers: list[Any] = [None] * dist.get_world_size(self._processes)
+            dist.all_gather_object(answers, (problem, result), group=self._processes)
+        problems = sorted({problem for problem, _ in answers if problem})
+        if problems:
+            raise CheckpointError("; ".join(problems))
+        return [result for _, result in answers]
 
     def _commit(self, temporary: Path, target: Path) -> None:
         """Gives a complete folder its name. One that has it already moves away first: a kill between the two renames

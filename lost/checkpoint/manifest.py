@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +12,7 @@ from lost.utils.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "lost-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Formats that cannot run code when they are read.
 ALLOWED_SUFFIXES = (".safetensors", ".json")
 
@@ -31,7 +32,7 @@ class Manifest:
     Args:
         step: optimizer step at which the checkpoint was taken.
         files: file name -> size and sum.
-        aliases: tensor file (without its ending) -> {tied name: name under which it is stored}.
+        aliases: group of tensors -> {tied name: name under which it is stored}.
     """
 
     step: int
@@ -39,10 +40,16 @@ class Manifest:
     aliases: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def write_manifest(folder: Path, step: int, aliases: dict[str, dict[str, str]]) -> Manifest:
-    """Sums up every file of `folder` and writes its manifest."""
+def file_entry(path: Path) -> FileEntry:
+    return FileEntry(sha256_of(path), path.stat().st_size)
+
+
+def write_manifest(
+    folder: Path, step: int, aliases: dict[str, dict[str, str]], known: Mapping[str, FileEntry]
+) -> Manifest:
+    """Writes the manifest of every file in `folder`; the sums of `known` files were computed by who wrote them."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_NAME)
-    files = {name: FileEntry(sha256_of(folder / name), (folder / name).stat().st_size) for name in names}
+    files = {name: known.get(name) or file_entry(folder / name) for name in names}
     manifest = Manifest(step, files, aliases)
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
     write_json(folder / MANIFEST_NAME, {**content, "sha256_of_the_rest": _sum_of(content)})
@@ -82,9 +89,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, group: str = "") -> Manifest:
     """Reads the manifest and compares every file with it, sizes first, then sums.
 
+    Args:
+        group: sums are computed of the files of this group of tensors and of state.json only; empty: of all.
     Raises:
         CheckpointError: names the first file that differs, what was expected and what was found.
     """
@@ -96,7 +105,13 @@ def verify(folder: Path) -> Manifest:
         size = path.stat().st_size
         if size != entry.size_bytes:
             raise CheckpointError(f"{path} is damaged: expected {entry.size_bytes} bytes, found {size}")
+    for path in folder.glob("*.safetensors"):
+        # Its tensors would be read beside, or instead of, those of the listed files.
+        if path.name not in manifest.files:
+            raise CheckpointError(f"{path} is not listed in the manifest: it was not written with this checkpoint")
     for name, entry in manifest.files.items():
+        if name.endswith(".safetensors") and not name.startswith(f"{group}_" if group else ""):
+            continue
         found = sha256_of(folder / name)
         if found != entry.sha256:
             raise CheckpointError(f"{folder / name} is damaged: expected sha256 {entry.sha256}, found {found}")

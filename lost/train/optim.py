@@ -1,5 +1,7 @@
 """Optimizers: which parameters decay, and their state as named tensors."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -28,11 +30,6 @@ def has_fused_adamw(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimizer state by '<parameter name>/<state key>', independent of parameter order and grouping."""
     return {
@@ -40,6 +37,18 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def empty_optimizer_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Tensors to read the optimizer state `names` of a checkpoint into: moments like their parameter, steps []."""
+    parameters = dict(model.named_parameters())
+    tensors = {}
+    for full_key in names:
+        name, key = full_key.rsplit("/", 1)
+        if name not in parameters:
+            raise CheckpointError(f"the checkpoint has optimizer state for {name}, which this model does not train")
+        tensors[full_key] = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[name].detach())
+    return tensors
 
 
 def load_optimizer_tensors(

@@ -8,7 +8,8 @@ from datetime import timedelta
 from functools import cached_property
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from lost.config.schema import DeviceConfig, RuntimeConfig
 from lost.utils.errors import ConfigError
@@ -36,6 +37,9 @@ class Runtime:
 
     accelerator: Accelerator
     precision: str
+    name: str
+    # Of gloo, beside the one that training uses: what checkpoints exchange while training goes on.
+    checkpoint_group: dist.ProcessGroup | None
 
     @property
     def device(self) -> torch.device:
@@ -71,9 +75,10 @@ class Runtime:
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        kind = "process" if self.num_processes == 1 else "processes (DDP)"
+        kind = "process" if self.num_processes == 1 else "processes"
         return (
-            f"{self.num_processes} {kind} on {name}, {self.precision}, {torch.get_num_threads()} CPU threads a process"
+            f"{self.name}: {self.num_processes} {kind} on {name}, {self.precision},"
+            f" {torch.get_num_threads()} CPU threads a process"
         )
 
     def peak_tflops(self, configured: float) -> float:
@@ -129,25 +134,38 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
         ConfigError: runtime=single under a launcher of several processes, or a device or precision that is not there.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    name = config.name if config.name != "auto" else "ddp" if launched > 1 else "single"
     if config.name == "single" and launched > 1:
-        raise ConfigError(f"runtime = single, but {launched} processes were launched: use runtime=ddp or auto")
+        raise ConfigError(f"runtime = single, but {launched} processes were launched: use runtime=ddp, fsdp2 or auto")
     device = pick_device(config.device)
     if device.type == "cpu":
         # accelerate looks at DeepSpeed while saving; told where it is, DeepSpeed does not warn about a missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if launched > 1 or name == "fsdp2":
+        join_processes(device, launched, timedelta(seconds=config.timeout_seconds))
     # Autocast is ours (accelerate's would copy all logits to float32), so accelerate is told "no".
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=device.type == "cpu",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            # Process 0 may read and write checkpoints of many GiB while the others wait.
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     # After accelerate, which sets its own number on a CPU.
     set_num_threads(config)
-    return Runtime(accelerator, pick_precision(config.precision, device))
+    checkpoint_group = None
+    if launched > 1:
+        checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_seconds))
+        assert isinstance(checkpoint_group, dist.ProcessGroup)
+    return Runtime(accelerator, pick_precision(config.precision, device), name, checkpoint_group)
+
+
+def join_processes(device: torch.device, launched: int, timeout: timedelta) -> None:
+    """The group of all launched processes, or of this one alone: gloo for tensors on the CPU, NCCL on GPUs."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Without a launcher there are no addresses to meet at.
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if launched == 1 else {}  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, timeout=timeout, **alone)
 
 
 def measure_matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:

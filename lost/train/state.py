@@ -1,17 +1,16 @@
 """What a run is at between two steps, and how it becomes named tensors and back."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 
-from lost.train.optim import load_optimizer_tensors, optimizer_tensors
+from lost.train.engine import Engine
 from lost.train.runtime import Runtime
-from lost.utils.errors import CheckpointError
 
 NamedTensors = dict[str, dict[str, torch.Tensor]]
 
@@ -39,38 +38,22 @@ class TrainState:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
 
 
-def snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, runtime: Runtime
-) -> tuple[NamedTensors, dict[str, Any]]:
-    """(tensors by file, JSON facts) of everything that a resume needs. Called on every process."""
+def snapshot(engine: Engine, state: TrainState, runtime: Runtime) -> tuple[NamedTensors, dict[str, Any]]:
+    """(tensors by group, JSON facts) of everything that a resume needs. Called on every process."""
     rng = {f"process_{i}/{k}": v for i, states in enumerate(gather_object([rng_tensors()])) for k, v in states.items()}
-    tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "rng": rng}
-    return tensors, {"counters": asdict(state), "num_processes": runtime.num_processes}
+    tensors = {"model": engine.model_tensors(), "optimizer": engine.optimizer_tensors()}
+    if runtime.is_main:
+        tensors["rng"] = rng
+    return tensors, {"counters": asdict(state), "num_processes": runtime.num_processes, "runtime": runtime.name}
 
 
-def restore(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    runtime: Runtime,
-    tensors: NamedTensors,
-    facts: dict[str, Any],
-) -> TrainState:
-    """Puts a snapshot back into model, optimizer and random generators.
-
-    Raises:
-        CheckpointError: the weights do not fit the model.
-    """
-    try:
-        model.load_state_dict(tensors["model"], strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's weights do not fit this model: {error}") from error
-    load_optimizer_tensors(model, optimizer, tensors["optimizer"])
+def restore_rng(rng: Mapping[str, torch.Tensor], runtime: Runtime) -> None:
+    """Puts this process's generators where those of a checkpoint were."""
     prefix = f"process_{runtime.process_index}/"
-    own_rng = {key.removeprefix(prefix): value for key, value in tensors["rng"].items() if key.startswith(prefix)}
+    own_rng = {key.removeprefix(prefix): value for key, value in rng.items() if key.startswith(prefix)}
     # Another number of processes: the new ones keep their fresh generators; LLaMA draws nothing while training.
     if own_rng:
         set_rng_tensors(own_rng)
-    return TrainState(**facts["counters"])
 
 
 def rng_tensors() -> dict[str, torch.Tensor]:

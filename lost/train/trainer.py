@@ -3,17 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lost.config.schema import PretrainConfig
+from lost.train.engine import Engine
 from lost.train.loss import token_loss_sum
 from lost.train.metrics import MetricsLogger, Progress
-from lost.train.norms import clip_gradients, group_norms
-from lost.train.optim import set_learning_rate
 from lost.train.profile import StepProfiler
 from lost.train.runtime import Runtime
 from lost.train.schedule import learning_rate_at
@@ -34,8 +31,7 @@ class Run:
     """All parts of a training run, built by `lost.assemble`.
 
     Attributes:
-        model: the plain model, whose parameters the optimizer trains.
-        wrapped: what the forward goes through (DDP, compiled blocks).
+        engine: the model as its runtime wraps it, with its optimizer.
         batches: for each step from state.step + 1 on, this process's micro-batches.
         flops_per_token: forward and backward, for MFU.
         peak_flops: of one device, FLOP/s.
@@ -43,9 +39,7 @@ class Run:
 
     config: PretrainConfig
     runtime: Runtime
-    model: nn.Module
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     batches: Iterator[list[Batch]]
     metrics: MetricsLogger
     progress: Progress
@@ -70,6 +64,7 @@ class StepResult:
 
     loss: float
     grad_norm: float
+    learning_rate: float
     num_tokens: int
     is_skipped: bool
     should_stop: bool
@@ -124,29 +119,30 @@ def train_step(run: Run, step: int) -> StepResult:
     learning_rate = learning_rate_at(
         step, run.config.optimizer.learning_rate, run.config.schedule, run.config.train.num_steps
     )
-    set_learning_rate(run.optimizer, learning_rate)
+    run.engine.set_learning_rate(learning_rate)
     micro_batches = next(run.batches)
     num_tokens, num_stop_requests = count_over_processes(run, micro_batches)
     gradient_scale = run.runtime.num_processes / max(1, num_tokens)
     loss_sum = torch.zeros((), device=run.runtime.device)
 
     for micro_step, batch in enumerate(micro_batches, start=1):
-        with no_sync_before_last(run, micro_step, len(micro_batches)):
+        with run.engine.accumulating(is_last=micro_step == len(micro_batches)):
             micro_loss_sum = forward_loss_sum(run, batch)
-            (micro_loss_sum * gradient_scale).backward()
+            run.engine.backward(micro_loss_sum * gradient_scale)
         loss_sum += micro_loss_sum.detach()
 
     loss = (run.runtime.sum_over_processes(loss_sum) / max(1, num_tokens)).item()
-    norms = group_norms(run.model) if is_due(step, run.config.logging.group_norms_every_steps) else {}
-    grad_norm = clip_gradients(run.model, run.config.train.max_grad_norm).item()
+    norms = run.engine.group_norms() if is_due(step, run.config.logging.group_norms_every_steps) else {}
+    grad_norm = run.engine.clip_gradients(run.config.train.max_grad_norm)
     # Both numbers are of the whole group, so that every process skips or none does.
     is_skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
     if not is_skipped:
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+        run.engine.step()
+    run.engine.zero_grad()
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
+        learning_rate=learning_rate,
         num_tokens=num_tokens,
         is_skipped=is_skipped,
         should_stop=num_stop_requests > 0,
@@ -161,7 +157,7 @@ def forward_loss_sum(run: Run, batch: Batch) -> torch.Tensor:
     inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     labels = inputs.pop("labels")
     with run.runtime.autocast():
-        logits = run.wrapped(**inputs, use_cache=False).logits
+        logits = run.engine.wrapped(**inputs, use_cache=False).logits
     return token_loss_sum(logits, labels)
 
 
@@ -174,12 +170,6 @@ def count_over_processes(run: Run, micro_batches: list[Batch]) -> tuple[int, int
     return total_tokens, num_stop_requests
 
 
-def no_sync_before_last(run: Run, micro_step: int, num_micro_steps: int):
-    """Gradients are exchanged in the last micro-step only."""
-    is_last = micro_step == num_micro_steps
-    return nullcontext() if is_last else run.runtime.accelerator.no_sync(run.wrapped)
-
-
 def is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
@@ -188,11 +178,10 @@ def report(run: Run, state: TrainState, result: StepResult) -> None:
     """The training line of metrics.jsonl and the progress bar."""
     tokens_per_second = result.num_tokens / result.seconds
     flops = run.flops_per_token * tokens_per_second
-    learning_rate = run.optimizer.param_groups[0]["lr"]
     line = {
         "step": state.step,
         "loss": None if result.is_skipped else result.loss,
-        "learning_rate": learning_rate,
+        "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "tokens_seen": state.tokens_seen,
         "skipped_steps": state.skipped_steps,

@@ -1,0 +1,103 @@
+"""What trains: a model as its runtime wraps it, with its optimizer. The training loop knows nothing else of either."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from lost.config.schema import OptimizerConfig, RuntimeConfig
+from lost.train.norms import clip_gradients, group_norms
+from lost.train.optim import build_optimizer, empty_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
+from lost.train.runtime import Runtime
+from lost.train.shard import shard_model
+from lost.train.wrap import blocks, set_recompute
+from lost.utils.tensors import whole_of
+
+# Gives a model without values (on the meta device, maybe sharded) its memory and its values.
+Fill = Callable[[nn.Module], None]
+
+
+class Engine:
+    """Model and optimizer of the runtimes single, ddp and fsdp2.
+
+    Attributes:
+        model: the model under its own parameter names; with fsdp2 its parameters are sharded (DTensor).
+        wrapped: what the forward of training goes through.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: RuntimeConfig, optimizer: OptimizerConfig, runtime: Runtime, fill: Fill
+    ):
+        self.runtime = runtime
+        set_recompute(model, config.recompute)
+        if config.compile:
+            for block in blocks(model):
+                block.compile()
+        if runtime.name == "fsdp2":
+            shard_model(model, runtime, config.replicas)
+        fill(model)
+        self.model = model.train()
+        # DDP would send process 0's values to the others; they all have them, from `fill`.
+        self.wrapped = runtime.accelerator.prepare_model(model) if runtime.name == "ddp" else model
+        self.optimizer = build_optimizer(model, optimizer, runtime.device)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager:
+        """Context of one micro-step: ddp exchanges gradients in the last one only.
+
+        fsdp2 exchanges them in each: whole gradients would need the memory that sharding saves.
+        """
+        is_exchanged = is_last or self.runtime.name != "ddp"
+        return nullcontext() if is_exchanged else self.runtime.accelerator.no_sync(self.wrapped)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of `loss`, averaged over the processes."""
+        loss.backward()
+
+    def group_norms(self) -> dict[str, float]:
+        """'weight_norm/<group>' and 'grad_norm/<group>'."""
+        return group_norms(self.model, self.runtime)
+
+    def clip_gradients(self, max_grad_norm: float) -> float:
+        """Scales all gradients to a global L2 norm of at most max_grad_norm (0 = never); the norm before."""
+        return clip_gradients(self.model, max_grad_norm, self.runtime).item()
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by name; sharded ones as DTensors."""
+        return self.model.state_dict()
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Optimizer state by '<parameter name>/<state key>', sharded like the parameters."""
+        return optimizer_tensors(self.model, self.optimizer)
+
+    def load_optimizer(self, read: Callable[[Mapping[str, torch.Tensor]], None], names: set[str]) -> None:
+        """Optimizer state from a checkpoint.
+
+        Args:
+            read: fills tensors in place.
+            names: '<parameter name>/<state key>' of all that the checkpoint has.
+        Raises:
+            CheckpointError: state for a parameter that the model does not have.
+        """
+        tensors = empty_optimizer_tensors(self.model, names)
+        read(tensors)
+        load_optimizer_tensors(self.model, self.optimizer, tensors)
+
+    def whole_tensors(self) -> dict[str, torch.Tensor]:
+        """`model_tensors` gathered on process 0's CPU, one at a time; empty on the others. Called on every process."""
+        whole = {}
+        for name, tensor in self.model_tensors().items():
+            full = whole_of(tensor)
+            if self.runtime.is_main:
+                whole[name] = full.cpu()
+        return whole
