@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lost
+from lost.testing.runs import read_metrics, tiny_run, write_corpus
 
 ROOT = Path(lost.__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -91,6 +92,36 @@ def test_wheel_runs_from_any_folder(installed, tmp_path):
     assert "pretrain" in run_python("-m", "lost", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     script = installed / "bin" / "lost"
     assert run_python(script, "--version", cwd=tmp_path, PYTHONPATH=str(installed)) == f"lost {lost.__version__}\n"
+
+
+# Runs a command as if no checkout were near, and checks where each module of ours came from.
+RUN_INSTALLED = """
+import os, sys
+site, root, *arguments = sys.argv[1:]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+inside = [path for path in sys.path if os.path.realpath(path) in (root, f"{root}/kernels", f"{root}/configs")]
+assert not inside, inside
+from lost.cli.main import main
+status = main(arguments)
+ours = {name: module.__spec__.origin or list(module.__path__)[0] for name, module in sys.modules.items()
+        if name.partition(".")[0] in ("lost", "lost_kernels", "lost_configs")}
+elsewhere = {name: place for name, place in ours.items() if not place.startswith(site)}
+assert not elsewhere, elsewhere
+print("modules:", *sorted({name.partition(".")[0] for name in ours}))
+sys.exit(status)
+"""
+
+
+def test_the_installed_wheel_pretrains_in_another_folder(installed, tmp_path):
+    corpus, here = write_corpus(tmp_path), tmp_path / "here"
+    here.mkdir()
+    run = tiny_run(Path("run"), corpus, "train.max_steps=2", "schedule.warmup_steps=1")
+    environment = {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    printed = run_python("-c", RUN_INSTALLED, installed, ROOT, *run, cwd=here, **environment)
+    assert printed.splitlines()[-1] == "modules: lost lost_configs lost_kernels"
+    assert [line["step"] for line in read_metrics(here / "run") if "loss" in line] == [1, 2]
+    assert (here / "run" / "final" / "model.safetensors").is_file()
+    assert [path.name for path in here.iterdir()] == ["run"]
 
 
 def test_linux_only_packages_carry_a_marker():
