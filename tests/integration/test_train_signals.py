@@ -45,7 +45,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(unbroken, corpus, tmp_path,
     wait_for_steps(run_dir, process, 5)
     # As launchers do: to the process and whatever it started.
     os.killpg(process.pid, signal.Signals[name])
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     assert "stopping: finishing this step" in errors
     status = json.loads((run_dir / "status.json").read_text())

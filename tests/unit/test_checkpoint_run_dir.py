@@ -15,7 +15,7 @@ from lost.utils.errors import CheckpointError
 def hold_the_lock(run_dir, locked) -> None:
     RunLock(run_dir).acquire()
     locked.set()
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
@@ -24,7 +24,7 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
     holder = context.Process(target=hold_the_lock, args=(tmp_path / "run", locked))
     holder.start()
     try:
-        assert locked.wait(20)
+        assert locked.wait(120)
         with pytest.raises(CheckpointError) as error:
             RunLock(tmp_path / "run").acquire()
         for part in (str(tmp_path / "run"), f"process {holder.pid} on {os.uname().nodename}", "choose another run_dir"):
@@ -45,7 +45,7 @@ def test_a_released_lock_can_be_taken_again(tmp_path):
 
 def live_on(started) -> None:
     started.set()
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
@@ -56,7 +56,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     worker = context.Process(target=live_on, args=(started,))
     worker.start()
     try:
-        assert started.wait(20)
+        assert started.wait(120)
         with pytest.raises(CheckpointError):
             RunLock(tmp_path).acquire()
         lock.release()

@@ -54,7 +54,8 @@ def test_arms_take_turns_and_warm_up_is_not_counted():
 def test_times_are_those_of_the_arm():
     timings = time_interleaved({"short": lambda: None, "long": lambda: time.sleep(0.02)}, 3, CPU)
     assert timings["long"].median >= 0.02
-    assert timings["short"].median < 0.01
+    # No fixed limit: on a busy machine a call of nothing can take milliseconds.
+    assert timings["short"].median < timings["long"].median
 
 
 def test_median_spread_and_ratios():

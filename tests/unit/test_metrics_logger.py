@@ -71,7 +71,10 @@ def log_for_ever(run_dir) -> None:
 def test_a_kill_loses_no_line_but_the_last(tmp_path):
     writer = multiprocessing.get_context("fork").Process(target=log_for_ever, args=(tmp_path,))
     writer.start()
-    time.sleep(0.3)
+    path, end = tmp_path / "metrics.jsonl", time.monotonic() + 60
+    while not (path.is_file() and path.stat().st_size > 20_000):
+        assert time.monotonic() < end, "the writer wrote nothing"
+        time.sleep(0.001)
     assert writer.pid is not None
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()

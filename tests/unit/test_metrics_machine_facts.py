@@ -103,7 +103,7 @@ def test_peak_memory_sees_what_is_touched_and_never_falls():
     peaks, size = context.Queue(), 200 * 2**20
     process = context.Process(target=touch_memory, args=(size, peaks))
     process.start()
-    before, during, after, gib = peaks.get(timeout=60)
+    before, during, after, gib = peaks.get(timeout=300)
     process.join()
     assert during - before == pytest.approx(size, rel=0.1)
     # The kernel adds up its per-thread counters only now and then.
