@@ -41,12 +41,13 @@ def assert_holds(manager: CheckpointManager, path: Path, step: int) -> None:
         assert group["tail"].item() == step
 
 
-def save_for_ever(folder: Path, first_step: int) -> None:
+def save_for_ever(folder: Path, first_step: int, started: Any) -> None:
     """Like a training run that does nothing but save."""
     torch.set_num_threads(1)
     manager = CheckpointManager(folder, keep=2)
     manager.clean()
     step = first_step
+    started.set()
     while True:
         manager.save(step, contents(step), {"step": step})
         step += 1
@@ -65,7 +66,10 @@ def test_a_checkpoint_survives_a_kill_at_any_moment(tmp_path):
     moments = random.Random(5)
     newest_step, num_in_the_middle = 0, 0
     for _ in range(NUM_KILLS):
-        process = fork(save_for_ever, folder, newest_step + 1)
+        started = multiprocessing.get_context("fork").Event()
+        process = fork(save_for_ever, folder, newest_step + 1, started)
+        # Not counted: how long a busy machine takes to fork.
+        assert started.wait(120)
         time.sleep(moments.uniform(0.02, 0.25))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
