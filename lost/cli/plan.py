@@ -10,6 +10,7 @@ from lost.accounting import GIB, Memory, count_parameters, forward_flops, memory
 from lost.accounting.flops import FORWARD_AND_BACKWARD
 from lost.accounting.memory import Precision, Recompute
 from lost.accounting.shapes import block_linears
+from lost.accounting.sharding import SPLIT_PARTS, memory_over_devices
 from lost.accounting.targets import lost_shapes
 from lost.config.choices import choices, read_yaml
 from lost.config.schema import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig, PlanConfig
@@ -243,7 +244,26 @@ def memory_lines(config: PlanConfig, plan: Plan, precision: Precision) -> list[t
     if config.device_memory_gib:
         verdict = fits(memory.total, config.device_memory_gib)
         lines.append((f"fits {config.device_memory_gib:g} GiB", verdict))
+    if config.num_devices > 1:
+        lines.append((f"{config.num_devices} devices", over_devices(config, plan, precision)))
     return lines
+
+
+def over_devices(config: PlanConfig, plan: Plan, precision: Precision) -> str:
+    """The peak of each runtime on one of the devices, and the first that fits."""
+    group = config.num_devices // config.runtime.replicas
+    peaks = {
+        runtime: memory_over_devices(
+            plan.memory, plan.model, runtime, group if runtime == "fsdp2" else config.num_devices, precision
+        )
+        for runtime in SPLIT_PARTS
+    }
+    words = ", ".join(f"{runtime} {size(peak)}" for runtime, peak in peaks.items())
+    if not config.device_memory_gib:
+        return f"peak of one with {words}"
+    fitting = [name for name, peak in peaks.items() if fits(peak, config.device_memory_gib) == "yes"]
+    advice = f"the first that fits is runtime={fitting[0]}" if fitting else "none fits: recompute, or smaller rows"
+    return f"peak of one with {words}; {advice}"
 
 
 def size(num_bytes: float) -> str:

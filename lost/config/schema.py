@@ -530,6 +530,18 @@ class PlanConfig(PretrainConfig):
     device_memory_gib: float = setting(
         "memory of one device; with it the table says which sizes fit; 0 = unknown", 0.0, at_least=0, unit="GiB"
     )
+    num_devices: int = setting("devices of the run; above 1 the plan compares the runtimes on them", 1, at_least=1)
+
+    def cross_rules(self) -> list[CrossRule]:
+        return [*super().cross_rules(), ("num_devices", self._device_problems)]
+
+    def _device_problems(self) -> list[str]:
+        if self.num_devices == 1 or self.num_devices % self.runtime.replicas == 0:
+            return []
+        return [
+            f"num_devices = {self.num_devices} is not divisible by runtime.replicas = {self.runtime.replicas}:"
+            " choose a divisor"
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
