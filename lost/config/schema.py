@@ -143,8 +143,9 @@ class LostConfig(ParameterizationConfig):
     dense_init: Literal["model", "kaiming", "xavier", "orthogonal"] = setting(
         "initial dense weight W0 that is factorised", "model", is_fixed_on_resume=True
     )
-    init: Literal["auto", "svd", "gram"] = setting(
-        "how W0 is factorised; gram: eigenvectors of W0^T W0 in float64; auto: gram where it is exact, else svd",
+    init: Literal["auto", "svd", "gram", "draw"] = setting(
+        "how W0 is factorised; gram: eigenvectors of W0^T W0 in float64; auto: gram where it is exact, else svd;"
+        " draw: not at all, factors are drawn as a Gaussian W0 would give them, the sparse block approximately",
         "auto",
         is_fixed_on_resume=True,
     )
@@ -165,6 +166,7 @@ class LostConfig(ParameterizationConfig):
             ("rank_overrides", self._rank_override_problems),
             ("density_overrides", self._density_override_problems),
             ("gamma", self._zero_problems),
+            ("init", self._draw_problems),
         ]
 
     def _rank_override_problems(self) -> list[str]:
@@ -185,6 +187,23 @@ class LostConfig(ParameterizationConfig):
         if self.gamma == 0 and self.density == 0 and not self.density_overrides:
             return ["gamma = 0 with density = 0: the layer would be zero; raise one of them"]
         return []
+
+    def _draw_problems(self) -> list[str]:
+        allowed = {
+            "dense_init": ("model", "xavier"),
+            "factor_init": ("svd",),
+            "complement_span": ("all",),
+            "score": ("l2", "random"),
+            "sparse_values": ("original", "complement", "zero"),
+        }
+        if self.init != "draw":
+            return []
+        return [
+            f"{key} = {getattr(self, key)} with init = draw: draw stands for the factorisation of a Gaussian W0 and"
+            f" knows {key} = {' or '.join(words)} only; choose that, or init=auto"
+            for key, words in allowed.items()
+            if getattr(self, key) not in words
+        ]
 
 
 # ----------------------------------------------------------------------------------------------------- data
