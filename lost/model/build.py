@@ -12,7 +12,7 @@ from lost.accounting.costs import linear_costs
 from lost.config.schema import DenseConfig, ModelConfig, ParameterizationConfig
 from lost.config.section import to_dict
 from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM
-from lost.model.lost_init import factorisation_cost, layer_generator
+from lost.model.lost_init import FreshWeight, factorisation_cost, layer_generator
 from lost.model.parameterizations import parameterization_of
 from lost.model.split import Piece, Processes, own_tensors, shared_values, write
 from lost.utils.errors import ConfigError
@@ -194,11 +194,12 @@ def _pieces(net: PreTrainedModel, parameterization: ParameterizationConfig, seed
     std: float = net.config.initializer_range
 
     def layer_values(name: str, layer: Any) -> dict[str, torch.Tensor]:
-        weight = draw(seed, f"{name}.weight", (layer.out_features, layer.in_features), std)
+        shape = (layer.out_features, layer.in_features)
+        weight = FreshWeight(shape, std, layer_generator(seed, f"{name}.weight"))
         return form.initial_values(layer, weight, parameterization, layer_generator(seed, f"{name}.factors"))
 
     def dense_values(name: str, module: Any) -> dict[str, torch.Tensor]:
-        weight = draw(seed, f"{name}.weight", tuple(module.weight.shape), std)
+        weight = FreshWeight(tuple(module.weight.shape), std, layer_generator(seed, f"{name}.weight")).draw()
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             weight[module.padding_idx].zero_()
         return {"weight": weight}
@@ -218,12 +219,6 @@ def _cost(module: nn.Module) -> int:
         return module.weight.numel()
     sizes: Any = module
     return factorisation_cost(sizes.out_features, sizes.in_features)
-
-
-def draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
-    """N(0, std^2) in float32 on the CPU; the same numbers for the same (seed, name)."""
-    weight = torch.empty(shape, dtype=torch.float32, device="cpu")
-    return weight.normal_(0, std, generator=layer_generator(seed, name))
 
 
 def _is_tied_head(net: PreTrainedModel, module: nn.Module) -> bool:

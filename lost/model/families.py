@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from lost.config.schema import ParameterizationConfig
 from lost.config.section import build, to_dict
+from lost.model.lost_init import FreshWeight
 from lost.model.parameterizations import parameterization_of
 from lost.model.split import write
 from lost.utils.errors import CheckpointError
@@ -59,9 +60,8 @@ class LostLlamaPreTrainedModel(LlamaPreTrainedModel):
         if not form.is_layer(module):
             super()._init_weights(module)
         elif not _is_loaded(module):
-            weight = torch.empty(module.out_features, module.in_features, dtype=torch.float32, device="cpu")  # pyright: ignore
             # The aliases of torch.nn.init skip loaded weights; this draw is a fresh tensor.
-            weight.normal_(0, self.config.initializer_range)
+            weight = FreshWeight((module.out_features, module.in_features), self.config.initializer_range)  # pyright: ignore
             for name, value in form.initial_values(module, weight, config, None).items():
                 write(getattr(module, name), value)
 

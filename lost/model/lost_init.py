@@ -34,6 +34,26 @@ class Factors:
     sparse_index: Tensor | None
 
 
+@dataclass(frozen=True)
+class FreshWeight:
+    """A dense weight W0 that is not drawn yet.
+
+    Attributes:
+        shape: (N, K).
+        std: of its entries, which are N(0, std^2).
+        generator: a CPU generator; None: torch's global one.
+    """
+
+    shape: tuple[int, int]
+    std: float
+    generator: torch.Generator | None = None
+
+    def draw(self) -> Tensor:
+        """W0 in float32 on the CPU."""
+        weight = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        return weight.normal_(0, self.std, generator=self.generator)
+
+
 class Triplets(NamedTuple):
     """Singular triplets by falling value: W0 ~ left @ diag(values) @ right; left [N, n], values [n], right [n, K]."""
 
@@ -136,14 +156,14 @@ def singular_triplets(weight: Tensor, count: int, init: str) -> Triplets:
         triplets = _gram_triplets(weight, count)
         ratio = float(triplets.values[-1] / triplets.values[0]) if triplets.values[0] > 0 else 0.0
         if ratio >= SMALLEST_GRAM_RATIO:
-            return _with_fixed_signs(triplets)
+            return with_fixed_signs(triplets)
         if init == "gram":
             raise ConfigError(
                 f"init = gram: singular value {count} of this weight is {ratio:.1e} of the largest, and the Gram"
                 f" matrix is exact only from {SMALLEST_GRAM_RATIO:g}; use init=auto or init=svd, or a smaller rank"
             )
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    return _with_fixed_signs(Triplets(left, values, right).part(0, count))
+    return with_fixed_signs(Triplets(left, values, right).part(0, count))
 
 
 def _gram_triplets(weight: Tensor, count: int) -> Triplets:
@@ -160,7 +180,7 @@ def _gram_triplets(weight: Tensor, count: int) -> Triplets:
     return Triplets(left, values, right[:, order].T)
 
 
-def _with_fixed_signs(triplets: Triplets) -> Triplets:
+def with_fixed_signs(triplets: Triplets) -> Triplets:
     """Each triplet with the largest |entry| of its row of V positive; of equal ones (to 1e-9) the first decides."""
     size = triplets.right.abs()
     is_largest = size >= size.amax(dim=1, keepdim=True) * (1 - SIGN_TIE)

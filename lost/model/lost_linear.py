@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lost.accounting.targets import kept_count, rank_count
 from lost.config.schema import Activation, CountOrFraction, LostConfig
-from lost.model.lost_init import factorise
+from lost.model.drawn_init import draw_factors
+from lost.model.lost_init import FreshWeight, factorise
 from lost.utils.errors import ConfigError, ShapeError
 
 INITIAL_STD = 0.02
@@ -122,25 +123,27 @@ class LostLinear(nn.Module):
         """New weights from W0 ~ N(0, 0.02^2), bias zero; nothing on the meta device."""
         if self.low_rank_down.is_meta:
             return
-        weight = torch.empty(self.out_features, self.in_features, dtype=torch.float64)
-        self.initialise(weight.normal_(0, INITIAL_STD, generator=generator), self._config, generator)
+        weight = FreshWeight((self.out_features, self.in_features), INITIAL_STD, generator)
+        self.initialise(weight, self._config, generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     @torch.no_grad()
-    def initialise(self, dense_weight: Tensor, config: LostConfig, generator: torch.Generator | None = None) -> None:
+    def initialise(
+        self, dense_weight: Tensor | FreshWeight, config: LostConfig, generator: torch.Generator | None = None
+    ) -> None:
         """Sets every weight but the bias to `initial_values`."""
         for name, value in self.initial_values(dense_weight, config, generator).items():
             getattr(self, name).copy_(value)
 
     @torch.no_grad()
     def initial_values(
-        self, dense_weight: Tensor, config: LostConfig, generator: torch.Generator | None = None
+        self, dense_weight: Tensor | FreshWeight, config: LostConfig, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Parameters and buffers but the bias, by name, from the dense weight W0, [N, K], by the rules of `config`.
 
         Args:
-            dense_weight: W0; not changed.
+            dense_weight: W0, not changed; or what it would be drawn from.
             config: how the factors and the sparse block start (complement_span, score, factor_init, ...).
             generator: random numbers of the options that draw any.
 
@@ -149,13 +152,18 @@ class LostLinear(nn.Module):
 
         Raises:
             ShapeError: W0 is not [N, K].
+            ConfigError: the options of `config` do not fit this W0 (`factorise`, `draw_factors`).
         """
         if tuple(dense_weight.shape) != (self.out_features, self.in_features):
             raise ShapeError(
                 f"dense weight {list(dense_weight.shape)}: this layer takes [out_features, in_features]"
                 f" = [{self.out_features}, {self.in_features}]"
             )
-        factors = factorise(dense_weight, config, self.lost_rank, self.num_kept, generator)
+        if config.init == "draw":
+            factors = draw_factors(dense_weight, config, self.lost_rank, self.num_kept, generator)
+        else:
+            weight = dense_weight.draw() if isinstance(dense_weight, FreshWeight) else dense_weight
+            factors = factorise(weight, config, self.lost_rank, self.num_kept, generator)
         up_scale = sparse_scale = 1.0
         if self.gamma_mode == "folded":
             up_scale, sparse_scale = self.initial_gamma, 1 - self.initial_gamma

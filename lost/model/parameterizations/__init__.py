@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lost.config.schema import DenseConfig, LostConfig, ParameterizationConfig
+from lost.model.lost_init import FreshWeight
 from lost.model.parameterizations.dense import Dense
 from lost.model.parameterizations.lost import Lost
 
@@ -30,11 +31,12 @@ class Parameterization(Protocol):
         ...
 
     def initial_values(
-        self, layer: Any, dense_weight: Tensor, config: Any, generator: torch.Generator | None
+        self, layer: Any, dense_weight: FreshWeight, config: Any, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         """Initial value of every parameter and buffer of a layer by name, from the dense weight W0 it stands for.
 
-        Full tensors, whatever part of them this process keeps; of the layer only sizes are read.
+        A form that needs no W0 does not draw it. Full tensors, whatever part of them this process keeps; of the layer
+        only sizes are read.
         """
         ...
 

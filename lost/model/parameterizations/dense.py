@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lost.config.schema import DenseConfig
+from lost.model.lost_init import FreshWeight
 
 
 class Dense:
@@ -16,9 +17,9 @@ class Dense:
     def initial_values(
         self,
         layer: nn.Linear,
-        dense_weight: Tensor,
+        dense_weight: FreshWeight,
         config: DenseConfig,  # noqa: ARG002
         generator: torch.Generator | None,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         bias = {} if layer.bias is None else {"bias": torch.zeros(layer.out_features)}
-        return {"weight": dense_weight, **bias}
+        return {"weight": dense_weight.draw(), **bias}

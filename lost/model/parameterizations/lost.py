@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lost.config.schema import LostConfig
 from lost.model.inject import inject
+from lost.model.lost_init import FreshWeight
 from lost.model.lost_linear import LostLinear
 
 
@@ -16,7 +17,7 @@ class Lost:
         return isinstance(module, LostLinear)
 
     def initial_values(
-        self, layer: LostLinear, dense_weight: Tensor, config: LostConfig, generator: torch.Generator | None
+        self, layer: LostLinear, dense_weight: FreshWeight, config: LostConfig, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         bias = {} if layer.bias is None else {"bias": torch.zeros(layer.out_features)}
         return layer.initial_values(dense_weight, config, generator) | bias
