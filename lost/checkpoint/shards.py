@@ -33,7 +33,7 @@ Groups = Mapping[str, Tensors]
 # While a file is written its bytes are in memory a second time.
 MAX_FILE_BYTES = 2**29
 # That a single process saves alone is meant.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 _WRITTEN_NAME = re.compile(r"shard-(\d{5})-model-(\d{5})-of-\d{5}\.safetensors")
 
 
@@ -49,9 +49,7 @@ def write_shards(folder: Path, groups: Groups, processes: dist.ProcessGroup | No
     Raises:
         CheckpointError: on every process where one could not write.
     """
-    tensors = {
-        f"{group}/{name}": _with_own_memory(value) for group, named in groups.items() for name, value in named.items()
-    }
+    tensors = _with_own_memory({f"{group}/{name}": value for group in groups for name, value in groups[group].items()})
     file_of = _file_numbers(tensors)
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     try:
@@ -154,14 +152,20 @@ def first_cause(error: BaseException) -> str:
     return str(error)
 
 
-def _with_own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Safetensors refuses views into a larger memory."""
-    tensor = tensor.detach()
-    assert not tensor.is_meta, "a tensor on the meta device has no values to save"
-    if isinstance(tensor, DTensor):
-        return tensor
-    is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-    return tensor.clone(memory_format=torch.contiguous_format) if is_view else tensor.contiguous()
+def _with_own_memory(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Contiguous tensors of which no two share memory: safetensors takes no others."""
+    result, seen = {}, set()
+    for name, tensor in tensors.items():
+        assert not tensor.is_meta, f"{name} is on the meta device: it has no values to save"
+        value = tensor.detach()
+        if not isinstance(value, DTensor):
+            value = value.contiguous()
+            storage = value.untyped_storage()
+            is_view = storage.nbytes() != value.numel() * value.element_size() or storage.data_ptr() in seen
+            value = value.clone() if is_view else value
+            seen.add(value.untyped_storage().data_ptr())
+        result[name] = value
+    return result
 
 
 def _file_numbers(tensors: Tensors) -> dict[str, int]:

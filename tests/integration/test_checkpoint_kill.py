@@ -113,7 +113,7 @@ def test_a_file_that_cannot_grow_leaves_the_older_checkpoint(tmp_path):
         assert process.exitcode == 0
 
     save(100_000)
-    assert "model.safetensors could not be written" in message.read_text()
+    assert "could not be written" in message.read_text()
     assert [path.name for path in folder.iterdir()] == [old.name]
     assert_holds(CheckpointManager(folder), old, 1)
     # The control: the same process under a limit that is large enough.

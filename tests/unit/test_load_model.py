@@ -98,12 +98,12 @@ def test_run_directory_is_its_newest_checkpoint(tmp_path):
 def test_damaged_newest_checkpoint_is_skipped_and_named_if_asked_for(tmp_path):
     run_dir = tmp_path / "run"
     models = write_run(run_dir, steps=(4, 8))
-    weights = run_dir / "checkpoints" / "step_00000008" / "model.safetensors"
+    weights = run_dir / "checkpoints" / "step_00000008" / "model_00000_process_00000.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
     assert_same_model(load_model(str(run_dir)).model, models[4])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"model_00000_process_00000\.safetensors is damaged"):
         load_model(str(weights.parent))
 
 

@@ -3,13 +3,23 @@
 import pytest
 import torch
 
-from lost.assemble.source import start_of
+from lost.assemble.source import Start, start_of
 from lost.config.compose import compose
 from lost.export import save_folder
 from lost.model import build_model
+from lost.model.build import materialise
+from lost.model.split import Processes
 from lost.testing.runs import TINY_MODEL
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
 from lost.utils.errors import ConfigError
+
+
+def made_by(start: Start, dtype: torch.dtype):
+    """The model of step 0, as a single process builds it."""
+    model = start.make_meta_model(dtype, start.tokenizer)
+    materialise(model, start.config.parameterization, "cpu")
+    start.fill(model, Processes())
+    return model
 
 
 def config_for(source, tmp_path):
@@ -30,7 +40,7 @@ def test_a_lost_export_gives_its_model_and_sections(tmp_path, dtype):
     assert start.config.parameterization == original.parameterization
     assert start.config.model.rope_theta == 500.0
     assert start.config.model.hidden_size == original.model.hidden_size
-    made = start.make_model(dtype, start.tokenizer)
+    made = made_by(start, dtype)
     for name, value in model.state_dict().items():
         keeps = name.endswith("gamma") or not value.is_floating_point()
         assert torch.equal(made.state_dict()[name], value if keeps else value.to(dtype)), name
@@ -58,5 +68,5 @@ def test_what_the_config_cannot_say_is_refused(tmp_path, changes, named):
 def test_a_dense_export_is_accepted(tmp_path):
     model = tiny_llama()
     start = start_of(config_for(save_folder(model, tiny_tokenizer(), tmp_path / "export", "card"), tmp_path))
-    made = start.make_model(torch.float32, start.tokenizer)
+    made = made_by(start, torch.float32)
     assert all(torch.equal(made.state_dict()[name], value) for name, value in model.state_dict().items())

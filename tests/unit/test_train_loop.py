@@ -19,8 +19,8 @@ from lost.config.schema import (
     TrainConfig,
     TrainEvaluationConfig,
 )
+from lost.train.engine import Engine
 from lost.train.metrics import MetricsLogger, Progress
-from lost.train.optim import build_optimizer
 from lost.train.profile import StepProfiler
 from lost.train.runtime import start_runtime
 from lost.train.state import TrainState
@@ -78,9 +78,7 @@ def make_run(tmp_path, batches, model=None, *, max_steps=4, max_skipped_steps=3,
     return Run(
         config=config,
         runtime=runtime,
-        model=model,
-        wrapped=model,
-        optimizer=build_optimizer(model, config.optimizer, runtime.device),
+        engine=Engine(model, RuntimeConfig(device="cpu"), config.optimizer, runtime, fill=lambda _: None),
         batches=iter(batches),
         metrics=MetricsLogger(tmp_path, config.logging),
         progress=Progress(max_steps, is_main=False),
@@ -127,11 +125,11 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(tmp_path, ba
     run = make_run(tmp_path, [[batch(0, poison=1)], [batch(1, poison=bad)], [batch(2, poison=1)]], max_steps=3)
     state = TrainState()
     tables = []
-    original = run.optimizer.step
-    run.optimizer.step = lambda: (original(), tables.append(run.model.table.detach().clone()))[0]
+    original = run.engine.optimizer.step
+    run.engine.optimizer.step = lambda: (original(), tables.append(run.engine.model.table.detach().clone()))[0]
     fit(run, state, evaluate=dict, save=lambda _: None, save_final=lambda: None)
     assert len(tables) == 2
-    assert torch.isfinite(run.model.table).all()
+    assert torch.isfinite(run.engine.model.table).all()
     assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (3, 1, 0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from lost.config.schema import AdamWConfig
+from lost.config.schema import AdamWConfig, RuntimeConfig
 from lost.train.loss import token_loss_sum
 from lost.train.norms import clip_gradients, group_norms, group_of
 from lost.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from lost.train.runtime import pick_device, pick_precision
+from lost.train.runtime import pick_device, pick_precision, start_runtime
 from lost.train.state import rng_tensors, set_rng_tensors
 from lost.utils.errors import CheckpointError, ConfigError
 from lost.utils.labels import count_label_tokens
+
+ALONE = start_runtime(RuntimeConfig(device="cpu"))
 
 
 def test_loss_sum_is_the_sum_over_predicted_tokens():
@@ -66,9 +68,9 @@ def test_global_norm_and_clipping():
     backward(model)
     gradients = [p.grad.clone() for p in model.parameters()]
     expected = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-    assert clip_gradients(model, 0.0).item() == pytest.approx(expected, rel=1e-6)
+    assert clip_gradients(model, 0.0, ALONE).item() == pytest.approx(expected, rel=1e-6)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
-    assert clip_gradients(model, expected / 3).item() == pytest.approx(expected, rel=1e-6)
+    assert clip_gradients(model, expected / 3, ALONE).item() == pytest.approx(expected, rel=1e-6)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient / 3, rtol=1e-5, atol=0)
 
@@ -79,7 +81,7 @@ def test_group_norms_sum_over_layers():
     for i, layer in enumerate(model.layers):
         layer.q_proj = nn.Linear(3, 2, bias=False)
         nn.init.constant_(layer.q_proj.weight, 1.0 + i)
-    norms = group_norms(model)
+    norms = group_norms(model, ALONE)
     assert norms == {"weight_norm/q_proj": pytest.approx(math.sqrt(6 * 1 + 6 * 4))}
 
 
