@@ -1,4 +1,7 @@
-"""`lost prepare`: tokenises a data set into rows on disk, which later runs with the same settings find there."""
+"""`lost prepare`: tokenises a data set into rows on disk, which later runs with the same settings find there.
+
+Rows that are there already are compared with their checksums.
+"""
 
 from lost.config.schema import PretrainConfig
 
@@ -24,6 +27,7 @@ def run(config: PretrainConfig) -> int:
             seq_len=config.train.seq_len,
             tokenizer=tokenizer,
             progress=bar.show,
+            verify_rows=True,
         )
     print("\n".join(report_lines(prepared.report)))
     return 0

@@ -234,6 +234,7 @@ class DataConfig(Section):
         is_fixed_on_resume=True,
     )
     cache_dir: str = setting("folder of prepared rows and tokenizers; empty: the user's cache folder", "")
+    num_processes: int = setting("processes that tokenise while rows are made; 0: one a core", 0, at_least=0)
     num_workers: int = setting("processes that read rows ahead of the training loop", 0, at_least=0)
 
     def cross_rules(self) -> list[CrossRule]:
@@ -247,7 +248,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibDataConfig(DataConfig):
-    """The .py files of the running interpreter's standard library, without its tests: real text, always there."""
+    """The .py files of the running interpreter's standard library, without tests and codec tables: always there."""
 
     name: Literal["stdlib"] = setting("the interpreter's standard library", "stdlib", is_fixed_on_resume=True)
 

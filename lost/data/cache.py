@@ -5,13 +5,12 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lost.utils.errors import DataError
+from lost.utils.errors import DataError, InterruptedDataError, LostError
 from lost.utils.files import flush
 
 logger = logging.getLogger(__name__)
@@ -25,10 +24,13 @@ def key_of(**facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> bool:
+def made_once(
+    folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None], *, is_resumable: bool = False
+) -> bool:
     """Makes `folder` if it is not there whole: in a temporary folder beside it, renamed when done.
 
-    One process makes it; others that ask meanwhile wait for it. What a killed process left behind is removed.
+    One process makes it; others that ask meanwhile wait for it. What a killed process left behind is removed, or, where
+    `is_resumable`, given to `make` again. A mistake in the input (LostError) leaves nothing.
 
     Returns:
         Whether it was made now.
@@ -43,16 +45,20 @@ def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Pa
                 return False
             logger.warning("%s is damaged: making it again", folder)
             shutil.rmtree(folder)
-        for stale in folder.parent.glob(f".making-{folder.name}-*"):
-            shutil.rmtree(stale)
-        making = folder.parent / f".making-{folder.name}-{os.getpid()}"
-        making.mkdir()
+        making = folder.parent / f".making-{folder.name}"
+        if not is_resumable:
+            shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(exist_ok=True)
         try:
             make(making)
             for path in making.rglob("*"):
                 flush(path)
             making.rename(folder)
             flush(folder.parent)
+        except LostError as error:
+            if not isinstance(error, InterruptedDataError):
+                shutil.rmtree(making)
+            raise
         except OSError as error:
             if error.errno not in _DISK_PROBLEMS:
                 raise
@@ -60,8 +66,6 @@ def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Pa
                 f"cannot write prepared data to {folder.parent} ({error.strerror or error}):"
                 " free some space or set data.cache_dir to another folder"
             ) from error
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
     return True
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from lost.config.schema import C4DataConfig
 from lost.data.files import Piece, document_pieces
 from lost.data.sources import Corpus, Sources
-from lost.utils.errors import DataError
+from lost.utils.errors import DataError, InterruptedDataError
 from lost.utils.hub import ADVICE_FOR_DOCUMENTS, INSTEAD_OF_C4, require_hub_for_c4
 
 # The recipe of GaLore, SLTrain and CoLA: the stream shuffled with this seed and the library's own buffer size.
@@ -67,9 +67,9 @@ class C4Corpus(Corpus):
                 number += 1
                 yield record
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
+            raise InterruptedDataError(
                 f"{self._data.dataset}: reading broke off after record {number} ({type(error).__name__}: {error}):"
-                " check the network or the local copy and start again"
+                " check the network or the local copy and start again; finished shards are kept"
             ) from error
 
     def _files(self) -> list[Path]:

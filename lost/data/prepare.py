@@ -10,17 +10,19 @@ from typing import Any
 
 from lost.config.schema import DataConfig
 from lost.data.cache import key_of, made_once
-from lost.data.files import Piece, hash_key
+from lost.data.corpus_rows import CorpusRows, is_held_out
+from lost.data.encoding import processes_to_use, tokenizer_threads
+from lost.data.files import hash_key
 from lost.data.report import PrepareReport, Progress, ProgressCallable, SetReport
-from lost.data.row_makers import RowWriter, batches, is_row_set
 from lost.data.rows import Mixture, TokenRows
+from lost.data.shards import MANIFEST_NAME, verify
 from lost.data.sources import Corpus, open_sources
-from lost.data.tokenizer import SAMPLE_BYTES, Encoder, check_vocabulary, load_tokenizer, train_tokenizer
+from lost.data.tokenizer import Encoder, check_vocabulary, load_tokenizer, sample_bytes, train_tokenizer
 from lost.utils.errors import DataError
 from lost.utils.files import cache_folder
 
 # Raised when the files or the making of them change: older cached rows are then left alone and made anew.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,24 @@ def prepare(
     seq_len: int,
     tokenizer: Any = None,
     progress: ProgressCallable | None = None,
+    verify_rows: bool = False,
 ) -> Prepared:
     """Rows and tokenizer of a data set, from the cache where they are there.
 
-    Several processes may call this at once: one works, the others wait. Memory is bounded whatever the size.
+    Several processes may call this at once: one works (with processes of its own), the others wait. Memory is bounded
+    whatever the size. What a killed call has finished is used by the next one.
 
     Args:
         vocab_size: the model's; ids of the rows are below it.
         seq_len: tokens of a row.
         tokenizer: used instead of data.tokenizer=train.
         progress: called after every batch of documents.
+        verify_rows: compare rows that are there with their checksums; otherwise only sizes are.
     Raises:
-        DataError: names what cannot be read, or is too small, and the fix.
+        DataError: names what cannot be read, is damaged or too small, and the fix.
     """
     maker = _Maker(data, vocab_size, seq_len, progress)
+    maker.is_verifying = verify_rows
     if not maker.sources.train:
         raise DataError("data.train_files is empty: name at least one file, data.train_files=[path]")
     if data.tokenizer != "train":
@@ -106,6 +112,7 @@ class _Maker:
     """One preparation: the sources, their hashes, and what becomes of them."""
 
     encoder: Encoder
+    is_verifying = False
 
     def __init__(self, data: DataConfig, vocab_size: int, seq_len: int, progress: ProgressCallable | None):
         self.started = time.monotonic()
@@ -114,7 +121,7 @@ class _Maker:
         self.seq_len = seq_len
         self.progress = progress or (lambda _: None)
         self.cache = cache_folder(data.cache_dir)
-        self.report = PrepareReport()
+        self.report = PrepareReport(num_processes=processes_to_use(data.num_processes))
         self.sources = open_sources(data)
         # Fraction of the training corpora's documents held out; 0 where there are validation corpora.
         self.held_out = 0.0 if self.sources.validation else data.validation_fraction
@@ -137,42 +144,46 @@ class _Maker:
             corpora=[corpus.content_hash for corpus in self.sources.train],
             held_out=self.held_out,
             vocab_size=self.vocab_size,
-            sample=SAMPLE_BYTES,
+            sample=sample_bytes(self.vocab_size),
         )
         folder = self.cache / "tokenizers" / key
 
         def make(into: Path) -> None:
-            train_tokenizer(self._sample(), self.vocab_size, into)
+            with tokenizer_threads(self.report.num_processes):
+                train_tokenizer(self._sample(), self.vocab_size, into)
 
+        started = time.monotonic()
         if made_once(folder, lambda found: (found / "tokenizer.json").is_file(), make):
             self.report.is_cached = False
+            self.report.tokenizer_seconds = time.monotonic() - started
         self.report.tokenizer = str(folder)
         return folder
 
     def _sample(self) -> Iterator[str]:
-        """Training text for the tokenizer: all of it, or of a large corpus the documents that a hash picks."""
+        """Training text for the tokenizer: all of it, or of a large corpus what a hash picks."""
         size = sum(corpus.text_size() for corpus in self.sources.train)
         # Sizes of compressed files are guesses, so the text is counted as well.
-        share, left_bytes = min(1.0, SAMPLE_BYTES / max(1, size)), 2 * SAMPLE_BYTES
+        wanted = sample_bytes(self.vocab_size)
+        share, left_bytes = min(1.0, wanted / max(1, size)), 2 * wanted
         for corpus in self.sources.train:
-            num_documents = num_bytes = 0
+            num_documents = num_bytes = number = 0
             for piece in corpus.pieces():
+                number = 0 if piece.is_first else number + 1
                 num_documents += piece.is_last
                 num_bytes += piece.num_bytes
                 self.progress(
                     Progress("tokenizer", corpus.name, num_documents, 0, num_bytes, piece.position, corpus.size())
                 )
-                # Hashed again: the key itself is below the held-out fraction or not.
-                if self._is_held_out(piece) or hash_key(piece.key.to_bytes(8, "big")) >= share * 2.0**64:
+                # Hashed again: the key itself is below the held-out fraction or not. Each piece of a long document
+                # on its own: a corpus may be one document.
+                place = hash_key(f"{piece.key} {number}".encode())
+                if is_held_out(piece, self.held_out) or place >= share * 2.0**64:
                     continue
                 yield piece.text
                 self.report.tokenizer_sample_bytes += piece.num_bytes
                 left_bytes -= piece.num_bytes
                 if left_bytes <= 0:
                     return
-
-    def _is_held_out(self, piece: Piece) -> bool:
-        return piece.key < self.held_out * 2.0**64
 
     def train_sets(self) -> tuple[list[TokenRows], dict[str, TokenRows]]:
         """The row sets to train on, and by name those held out from them."""
@@ -212,59 +223,37 @@ class _Maker:
         splits = ["train", "validation"] if held_out else ["train"]
 
         def is_whole(found: Path) -> bool:
-            return all(is_row_set(found / split) for split in splits)
+            return all((found / split / MANIFEST_NAME).is_file() for split in splits)
 
-        if made_once(folder, is_whole, lambda into: self._write_rows(corpus, into, splits)):
+        started = time.monotonic()
+        if made_once(folder, is_whole, lambda into: self._write_rows(corpus, into, held_out), is_resumable=True):
             self.report.is_cached = False
+            self.report.row_seconds += time.monotonic() - started
+        elif self.is_verifying:
+            self.report.verified_bytes += sum(verify(folder / split) for split in splits)
         return folder
 
-    def _write_rows(self, corpus: Corpus, into: Path, splits: list[str]) -> None:
-        writers = []
-        for split in splits:
-            (into / split).mkdir()
-            writers.append(RowWriter(into / split, self.data.row_maker, self.seq_len, self.encoder, self.vocab_size))
-        try:
-            lowest_key = 1 << 64
-            for batch in batches(corpus.pieces()):
-                lowest_key = min(lowest_key, *(piece.key for piece in batch))
-                writers[0].add([piece for piece in batch if len(splits) == 1 or not self._is_held_out(piece)])
-                if len(splits) == 2:
-                    writers[1].add([piece for piece in batch if self._is_held_out(piece)])
-                self._show(corpus, writers, batch[-1].position)
-            for writer in writers:
-                writer.close()
-            self._check_sizes(corpus, [writer.report for writer in writers], lowest_key)
-        finally:
-            for writer in writers:
-                writer.abandon()
+    def _write_rows(self, corpus: Corpus, into: Path, held_out: float) -> None:
+        rows = CorpusRows(
+            corpus,
+            into,
+            held_out=held_out,
+            row_maker=self.data.row_maker,
+            seq_len=self.seq_len,
+            encoder=self.encoder,
+            vocab_size=self.vocab_size,
+            num_processes=self.report.num_processes,
+            show=lambda reports, position: self._show(corpus, reports, position),
+        )
+        found = [sum(getattr(report, count) for report in rows.reports) for count in ("tokens", "text_bytes")]
+        rows.write()
+        self.report.encoded_tokens += sum(report.tokens for report in rows.reports) - found[0]
+        self.report.encoded_bytes += sum(report.text_bytes for report in rows.reports) - found[1]
+        must_fill_a_row = self.data.row_maker == "packed" and corpus not in self.sources.validation.values()
+        rows.check_sizes(self.seq_len if must_fill_a_row else None)
 
-    def _show(self, corpus: Corpus, writers: list[RowWriter], position: int) -> None:
-        reports = [writer.report for writer in writers]
+    def _show(self, corpus: Corpus, reports: list[SetReport], position: int) -> None:
         documents, tokens, text_bytes = (
             sum(getattr(report, count) for report in reports) for count in ("documents", "tokens", "text_bytes")
         )
         self.progress(Progress("rows", corpus.name, documents, tokens, text_bytes, position, corpus.size()))
-
-    def _check_sizes(self, corpus: Corpus, reports: list[SetReport], lowest_key: int) -> None:
-        """Refuses a corpus that gives no row to train or validate on."""
-        whole = reports[0]
-        documents = sum(report.documents for report in reports)
-        empty = sum(report.empty_documents for report in reports)
-        if documents == empty:
-            raise DataError(f"{corpus.name}: no text in {documents} documents ({empty} empty): give files with text")
-        if len(reports) == 2 and not reports[1].rows:
-            raise DataError(
-                f"{corpus.name}: validation_fraction = {self.held_out:g} of {documents} documents holds out none:"
-                f" name data.validation_files, or set data.validation_fraction above {lowest_key / 2**64:.3g}"
-            )
-        if not whole.rows:
-            raise DataError(
-                f"{corpus.name}: validation_fraction = {self.held_out:g} of {documents} documents leaves none to"
-                " train on: name data.validation_files, or lower data.validation_fraction"
-            )
-        is_validation = corpus in self.sources.validation.values()
-        if self.data.row_maker == "packed" and whole.tokens < self.seq_len and not is_validation:
-            raise DataError(
-                f"{corpus.name}: {whole.tokens} tokens in {whole.documents} documents do not fill one row of seq_len ="
-                f" {self.seq_len}: give more text or lower train.seq_len"
-            )

@@ -54,6 +54,8 @@ class PreparationBar:
     def _begin(self, progress: Progress) -> None:
         """Starts the clock of a stage and, on a terminal, its bar; the bar appears with the first work."""
         self._stage, self._stage_started = (progress.stage, progress.corpus), time.monotonic()
+        # What was there when the clock started: finished shards of a preparation that goes on.
+        self._first = progress
         if not self.console.is_terminal:
             return
         if self._bar is None:
@@ -73,12 +75,14 @@ class PreparationBar:
 
     def _facts(self, progress: Progress) -> str:
         seconds = max(1e-3, time.monotonic() - self._stage_started)
+        megabytes_per_second = (progress.text_bytes - self._first.text_bytes) / 1e6 / seconds
         facts = [
             f"{progress.documents:,} documents",
-            f"{progress.text_bytes / 1e6:,.1f} MB at {progress.text_bytes / 1e6 / seconds:.1f} MB/s",
+            f"{progress.text_bytes / 1e6:,.1f} MB at {megabytes_per_second:.1f} MB/s",
         ]
         if progress.tokens:
-            facts.append(f"{progress.tokens / 1e6:,.2f} M tokens")
+            per_second = (progress.tokens - self._first.tokens) / seconds
+            facts.append(f"{progress.tokens / 1e6:,.2f} M tokens at {per_second / 1e6:.2f} M/s")
         if progress.size_bytes and not self.console.is_terminal:
             facts.append(f"{100 * progress.position_bytes / progress.size_bytes:.0f} %")
         return " | ".join(facts)
@@ -110,8 +114,23 @@ def report_lines(report: PrepareReport) -> list[str]:
     lines.append(f"tokenizer: {report.tokenizer}")
     if report.tokenizer_sample_bytes:
         lines.append(f"  trained on {report.tokenizer_sample_bytes / 1e6:,.1f} MB of the training documents")
+    if report.verified_bytes:
+        lines.append(f"checksums compared: {report.verified_bytes / 1e6:,.1f} MB of rows are as they were written")
     if report.is_cached:
         lines.append(f"everything was in the cache ({report.seconds:.1f} s)")
     else:
-        lines.append(f"took {report.seconds:.1f} s, {report.text_bytes / 1e6 / report.seconds:.2f} MB/s")
+        lines += _throughput_lines(report)
     return lines
+
+
+def _throughput_lines(report: PrepareReport) -> list[str]:
+    """How long it took and what came out a second, of what was made now."""
+    processes = f"{report.num_processes} process{'es' if report.num_processes > 1 else ''}"
+    parts = [f"{report.row_seconds:.1f} s rows"]
+    if report.tokenizer_seconds:
+        parts.insert(0, f"{report.tokenizer_seconds:.1f} s tokenizer")
+    return [
+        f"took {report.seconds:.1f} s on {processes} ({', '.join(parts)}):"
+        f" {report.encoded_bytes / 1e6 / report.seconds:.2f} MB/s,"
+        f" {report.encoded_tokens / report.seconds:,.0f} tokens/s"
+    ]

@@ -47,6 +47,10 @@ class PrepareReport:
         is_cached: everything was there already.
         tokenizer: where the tokenizer is or what it is called.
         tokenizer_sample_bytes: text that it was trained on; 0 where it was not trained now.
+        tokenizer_seconds, row_seconds: parts of `seconds`: training the tokenizer, tokenising and writing rows.
+        encoded_bytes, encoded_tokens: text and tokens of the rows made now, without shards that were there already.
+        num_processes: processes that tokenised.
+        verified_bytes: bytes of rows whose checksums were compared.
     """
 
     sets: dict[str, SetReport] = field(default_factory=dict)
@@ -55,6 +59,12 @@ class PrepareReport:
     is_cached: bool = True
     tokenizer: str = ""
     tokenizer_sample_bytes: int = 0
+    tokenizer_seconds: float = 0.0
+    row_seconds: float = 0.0
+    encoded_bytes: int = 0
+    encoded_tokens: int = 0
+    num_processes: int = 1
+    verified_bytes: int = 0
 
     def total(self, count: str) -> int:
         """Sum of a count of SetReport over all sets."""

@@ -1,17 +1,14 @@
-"""Rows of tokens on disk, memory-mapped: what training and evaluation read.
+"""Rows of tokens on disk, memory-mapped: what training and evaluation read. Shape letters: N rows read, T seq_len."""
 
-A row set is a folder: tokens.bin [num_rows, seq_len], lengths.bin [num_rows] (tokens that are not padding), starts.bin
-(place of every document's first token in the flat tokens) and meta.json. Shape letters: N rows read, T seq_len.
-"""
-
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lost.data.order import MixtureOrder
+from lost.data.shards import read_manifest
 from lost.utils.errors import DataError
 
 Batch = dict[str, torch.Tensor]
@@ -24,23 +21,26 @@ class TokenRows:
     Args:
         folder: a row set's folder.
         isolate_documents: also give position_ids and attention_mask, which restart at every document.
+    Raises:
+        DataError: files are missing or of a wrong size.
     """
 
     def __init__(self, folder: Path | str, *, isolate_documents: bool = False):
         self.folder = Path(folder)
         self.isolate_documents = isolate_documents
-        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.meta = read_manifest(self.folder)
         self.seq_len: int = self.meta["seq_len"]
         self.num_tokens: int = self.meta["tokens"]
-        self._num_rows: int = self.meta["rows"]
-        self._maps: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._num_shard_rows: list[int] = [shard["rows"] for shard in self.meta["shards"]]
+        self._ends = np.cumsum(self._num_shard_rows, dtype=np.int64)
+        self._maps: dict[int, _Maps] = {}
 
     def __len__(self) -> int:
-        return self._num_rows
+        return int(self._ends[-1]) if self._ends.size else 0
 
     def __getstate__(self) -> dict:
         # A memory map would be pickled as its whole content; reader processes open their own.
-        return self.__dict__ | {"_maps": None}
+        return self.__dict__ | {"_maps": {}}
 
     def read(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The rows at `indices`.
@@ -53,33 +53,55 @@ class TokenRows:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of a set of {len(self)}")
-        tokens, lengths, starts = self._open()
-        input_ids = torch.from_numpy(tokens[wanted].astype(np.int64))
-        is_padding = torch.arange(self.seq_len) >= torch.from_numpy(lengths[wanted].astype(np.int64))[:, None]
+        ids = np.empty((len(wanted), self.seq_len), dtype=np.int64)
+        lengths = np.empty((len(wanted), 1), dtype=np.int64)
+        is_start = np.zeros(ids.shape, dtype=bool)
+        which = np.searchsorted(self._ends, wanted, side="right")
+        for shard in np.unique(which).tolist():
+            places = np.flatnonzero(which == shard)
+            rows = wanted[places] - (self._ends[shard] - self._num_shard_rows[shard])
+            maps = self._open(shard)
+            ids[places], lengths[places, 0] = maps.tokens[rows], maps.lengths[rows]
+            if self.isolate_documents:
+                is_start[places] = _document_starts(rows, maps.starts, self.seq_len)
+        input_ids = torch.from_numpy(ids)
+        is_padding = torch.arange(self.seq_len) >= torch.from_numpy(lengths)
         labels = input_ids.masked_fill(is_padding, NO_LOSS)
         batch = {"input_ids": input_ids, "labels": labels}
         if self.isolate_documents:
-            is_first = torch.from_numpy(self._document_starts(wanted, starts)) | _first_of(is_padding)
+            is_first = torch.from_numpy(is_start) | _first_of(is_padding)
             batch["labels"] = labels.masked_fill(is_first, NO_LOSS)
             batch |= isolated(is_first)
         return batch
 
-    def _open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if self._maps is None:
-            shape = (len(self), self.seq_len)
-            tokens = np.memmap(self.folder / "tokens.bin", mode="r", dtype=self.meta["dtype"], shape=shape)
-            lengths = np.memmap(self.folder / "lengths.bin", mode="r", dtype=np.int32, shape=(len(self),))
-            starts = np.memmap(self.folder / "starts.bin", mode="r", dtype=np.int64)
-            self._maps = (tokens, lengths, starts)
-        return self._maps
+    def _open(self, shard: int) -> "_Maps":
+        if shard not in self._maps:
+            tokens, lengths, starts = (self.folder / f"{kind}_{shard:05d}.bin" for kind in _Maps._fields)
+            shape = (self._num_shard_rows[shard], self.seq_len)
+            self._maps[shard] = _Maps(
+                np.memmap(tokens, mode="r", dtype=self.meta["dtype"], shape=shape),
+                np.memmap(lengths, mode="r", dtype=np.int32, shape=shape[:1]),
+                # The middle of a long document holds no start, and an empty file cannot be mapped.
+                np.memmap(starts, mode="r", dtype=np.int64) if starts.stat().st_size else np.empty(0, dtype=np.int64),
+            )
+        return self._maps[shard]
 
-    def _document_starts(self, wanted: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Whether each place holds a document's first token, bool [N, T]."""
-        flags = np.zeros((len(wanted), self.seq_len), dtype=bool)
-        for n, row in enumerate(wanted):
-            first, last = np.searchsorted(starts, [row * self.seq_len, (row + 1) * self.seq_len])
-            flags[n, starts[first:last] - row * self.seq_len] = True
-        return flags
+
+class _Maps(NamedTuple):
+    """The files of one shard."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    starts: np.ndarray
+
+
+def _document_starts(rows: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
+    """Whether each place of a shard's rows holds a document's first token, bool [N, T]."""
+    flags = np.zeros((len(rows), seq_len), dtype=bool)
+    for n, row in enumerate(rows):
+        first, last = np.searchsorted(starts, [row * seq_len, (row + 1) * seq_len])
+        flags[n, starts[first:last] - row * seq_len] = True
+    return flags
 
 
 def _first_of(is_padding: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ from lost.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_NOT_TEXT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# encodings: generated tables of character codecs, an eighth of all bytes and easy to predict.
+_NOT_TEXT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
 
 # Bytes of text in a byte of a compressed file, roughly.
 _EXPANSION = {".gz": 3, ".parquet": 2}
@@ -93,14 +94,19 @@ class FileCorpus(Corpus):
         return digest.hexdigest()
 
     def size(self) -> int:
-        return sum(path.stat().st_size for path, _ in self.files)
+        return sum(self._sizes)
 
     def text_size(self) -> int:
-        return sum(path.stat().st_size * _EXPANSION.get(path.suffix.lower(), 1) for path, _ in self.files)
+        expansions = [_EXPANSION.get(path.suffix.lower(), 1) for path, _ in self.files]
+        return sum(size * expansion for size, expansion in zip(self._sizes, expansions, strict=True))
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [path.stat().st_size for path, _ in self.files]
 
     def pieces(self) -> Iterator[Piece]:
         before = 0
-        for path, label in self.files:
+        for (path, label), size in zip(self.files, self._sizes, strict=True):
             if self._is_keyed_by_label:
                 pieces = read_text(path, key=hash_key(label.encode()))
             else:
@@ -108,7 +114,7 @@ class FileCorpus(Corpus):
             for piece in pieces:
                 piece.position += before
                 yield piece
-            before += path.stat().st_size
+            before += size
 
 
 def open_sources(data: DataConfig) -> Sources:
@@ -129,7 +135,7 @@ def open_sources(data: DataConfig) -> Sources:
 
 
 def stdlib_corpus() -> FileCorpus:
-    """The .py files of the running interpreter's standard library, without tests, sorted by relative path."""
+    """The .py files of the running interpreter's standard library, without tests and codec tables, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for folder, subfolders, names in os.walk(root):

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lost.utils.errors import DataError
 from lost.utils.hub import require_hub_for_tokenizer
@@ -16,9 +18,10 @@ logger = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 _NUM_BYTES = 256
-# Text that the BPE trainer sees at most: its word counts stay below 400 MB, and more text no longer changes merges of
-# a vocabulary of this size much.
-SAMPLE_BYTES = 64 << 20
+# Text that the BPE trainer sees at most: so much a token, with which the ids of Python source are 1 % more than with
+# three times as much; and so much in all, with which its word counts stay below 400 MB.
+_SAMPLE_BYTES_A_TOKEN = 1 << 10
+_MAX_SAMPLE_BYTES = 64 << 20
 
 
 class Encoder:
@@ -40,10 +43,7 @@ class Encoder:
             raise DataError(f"tokenizer {label} has no fast version (tokenizer.json): use one that has, or train")
         if tokenizer.eos_token_id is None:
             raise DataError(f"tokenizer {label} has no EOS token, which ends every document: set its eos_token")
-        self._tokenizer = Tokenizer.from_str(backend.to_str())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = _plain(backend.to_str())
         self.label = label
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -51,9 +51,35 @@ class Encoder:
         facts = f"{self._tokenizer.to_str()} {self.eos_id} {self.pad_id}"
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest integers that hold every id."""
+        return np.dtype(np.uint16 if max(self.max_id, self.pad_id) < 1 << 16 else np.uint32)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text, arrays of `dtype`."""
+        encodings, dtype = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False), self.dtype
+        return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+
+    def __getstate__(self) -> dict:
+        # Pickling the library's tokenizer would forget encode_special_tokens.
+        return self.__dict__ | {"_tokenizer": self._tokenizer.to_str()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state | {"_tokenizer": _plain(state["_tokenizer"])}
+
+
+def _plain(serialised: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(serialised)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def sample_bytes(vocab_size: int) -> int:
+    """Bytes of text that a tokenizer of this size is trained on."""
+    return min(_MAX_SAMPLE_BYTES, vocab_size * _SAMPLE_BYTES_A_TOKEN)
 
 
 def check_vocabulary(max_id: int, vocab_size: int, label: str) -> None:
@@ -77,8 +103,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     Raises:
         DataError: vocab_size below what bytes and special tokens need.
     """
-    from transformers import PreTrainedTokenizerFast
-
     specials = [END_OF_TEXT, PADDING]
     if vocab_size < _NUM_BYTES + len(specials):
         raise DataError(
@@ -110,8 +134,6 @@ def load_tokenizer(name: str, instead: str = "") -> Any:
     Raises:
         DataError: a folder without a tokenizer, an unknown id, an unreachable hub.
     """
-    from transformers import AutoTokenizer
-
     if Path(name).expanduser().exists():
         try:
             return AutoTokenizer.from_pretrained(str(Path(name).expanduser()), local_files_only=True)

@@ -25,6 +25,10 @@ class DataError(LostError):
     """A data source that cannot be read as asked."""
 
 
+class InterruptedDataError(DataError):
+    """Reading or tokenising broke off for a reason outside the data: what is done so far stays for the next start."""
+
+
 class CheckpointError(LostError):
     """A checkpoint that is missing, damaged or made by a run that differs."""
 

@@ -15,8 +15,9 @@ SEQ_LEN = 64
 
 @pytest.fixture
 def folder(tmp_path):
-    writer = RowWriter(tmp_path, "packed", SEQ_LEN, Encoder(tiny_tokenizer(), "tiny"), 258)
-    writer.add([piece for text in TEXTS for piece in document_pieces(text, 0, tmp_path, 0)])
+    encoder = Encoder(tiny_tokenizer(), "tiny")
+    writer = RowWriter(tmp_path, "packed", SEQ_LEN, encoder, 258)
+    writer.add([piece for text in TEXTS for piece in document_pieces(text, 0, tmp_path, 0)], encoder.encode(TEXTS))
     writer.close()
     return tmp_path
 

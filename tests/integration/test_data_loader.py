@@ -25,9 +25,11 @@ def make(tmp_path):
             folder = tmp_path / f"{k}_{size}"
             if not folder.exists():
                 folder.mkdir()
-                writer = RowWriter(folder, "padded", SEQ_LEN, Encoder(tiny_tokenizer(), "tiny"), 258)
+                encoder = Encoder(tiny_tokenizer(), "tiny")
+                writer = RowWriter(folder, "padded", SEQ_LEN, encoder, 258)
                 for i in range(size):
-                    writer.add(list(document_pieces(f"{k}{i:02}", 0, folder, 0)))
+                    text = f"{k}{i:02}"
+                    writer.add(list(document_pieces(text, 0, folder, 0)), encoder.encode([text]))
                 writer.close()
             sets.append(TokenRows(folder))
         return Mixture(sets, weights)

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from lost.config.schema import C4DataConfig, StdlibDataConfig, TextFilesDataConfig
-from lost.data import files, prepare, prepare_validation
+from lost.data import corpus_rows, files, prepare, prepare_validation
 from lost.testing.tiny import tiny_tokenizer
 from lost.utils.errors import DataError
+from lost.utils.files import cache_folder
 
 # The package's name `prepare` is the function.
 prepare_module = sys.modules["lost.data.prepare"]
@@ -72,10 +73,10 @@ def test_the_second_call_only_hashes(tmp_path, monkeypatch):
     first = prepare(data, vocab_size=300, seq_len=32)
     assert not first.report.is_cached
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(prepare_module, "RowWriter", refuse)
+    monkeypatch.setattr(prepare_module, "CorpusRows", refuse)
     monkeypatch.setattr(prepare_module, "train_tokenizer", refuse)
     second = prepare(data, vocab_size=300, seq_len=32)
     assert second.report.is_cached
@@ -114,14 +115,26 @@ def test_the_fingerprint_follows_everything_that_decides_the_rows(tmp_path):
     assert fingerprint(train_files=[str(tmp_path / "moved" / "a.jsonl")]) == different[0]
 
 
-def test_a_damaged_cache_is_made_again(tmp_path):
+def test_damage_is_an_error_with_a_way_out(tmp_path):
     data = TextFilesDataConfig(train_files=[write_jsonl(tmp_path / "a.jsonl", documents(300))])
     first = prepare(data, vocab_size=300, seq_len=32)
-    with open(first.report.folders["train"] / "tokens.bin", "r+b") as file:
+    folder = first.report.folders["train"]
+    checked = prepare(data, vocab_size=300, seq_len=32, verify_rows=True).report
+    assert checked.verified_bytes == sum(path.stat().st_size for path in folder.parent.rglob("*.bin"))
+    with open(folder / "tokens_00000.bin", "r+b") as file:
+        file.seek(100)
+        file.write(b"\xff")
+    assert prepare(data, vocab_size=300, seq_len=32).report.is_cached
+    with pytest.raises(DataError, match=r"tokens_00000.bin: prepared rows are damaged: expected sha256"):
+        prepare(data, vocab_size=300, seq_len=32, verify_rows=True)
+    with open(folder / "tokens_00000.bin", "r+b") as file:
         file.truncate(100)
-    second = prepare(data, vocab_size=300, seq_len=32)
-    assert not second.report.is_cached
-    assert second.fingerprint == first.fingerprint
+    with pytest.raises(DataError, match=r"found 100\. Remove") as error:
+        prepare(data, vocab_size=300, seq_len=32)
+    shutil.rmtree(str(error.value).split("Remove ")[1].split(";")[0])
+    again = prepare(data, vocab_size=300, seq_len=32)
+    assert not again.report.is_cached
+    assert again.fingerprint == first.fingerprint
 
 
 def _prepare_and_log(data, log, delay):
@@ -139,7 +152,7 @@ def test_several_processes_at_once_make_the_rows_once(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0] * 4
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert len({fingerprint for _, fingerprint in lines}) == 1
@@ -147,29 +160,148 @@ def test_several_processes_at_once_make_the_rows_once(tmp_path):
     assert 1 <= sum(is_cached == "False" for is_cached, _ in lines) <= 2
 
 
-def _prepare_and_die(data):
+def _prepare_and_die(data, num_documents):
     def die(progress):
-        if progress.stage == "rows" and progress.documents > 100:
+        if progress.stage == "rows" and progress.documents > num_documents:
             os.kill(os.getpid(), signal.SIGKILL)
 
     prepare(data, vocab_size=300, seq_len=32, progress=die)
 
 
-def test_a_kill_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("lost.data.row_makers._BATCH_PIECES", 64)
-    data = TextFilesDataConfig(train_files=[write_jsonl(tmp_path / "a.jsonl", documents(300))])
-    process = fork.Process(target=_prepare_and_die, args=(data,))
+def kill_while_preparing(data, num_documents):
+    """A preparation in a process of its own, killed after so many documents; the folder it leaves."""
+    process = fork.Process(target=_prepare_and_die, args=(data, num_documents))
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
-    making = list((tmp_path / "cache" / "rows").glob(".making-*"))
-    assert len(making) == 1
-    prepared = prepare(data, vocab_size=300, seq_len=32)
-    assert not prepared.report.is_cached
-    assert prepared.report.documents == 300
-    assert not list((tmp_path / "cache" / "rows").glob(".making-*"))
-    shutil.rmtree(tmp_path / "cache")
-    assert prepare(data, vocab_size=300, seq_len=32).fingerprint == prepared.fingerprint
+    (making,) = (cache_folder("") / "rows").glob(".making-*")
+    return making
+
+
+def files_below(folder, pattern="*.bin"):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob(pattern) if path.is_file()}
+
+
+def inodes_below(folder):
+    """What would change if a file were written again, by "split/file"."""
+    found = {f"{path.parent.name}/{path.name}": path.stat() for path in folder.rglob("*.bin")}
+    return {name: (facts.st_ino, facts.st_mtime_ns) for name, facts in found.items()}
+
+
+@pytest.fixture
+def _small_shards(monkeypatch):
+    monkeypatch.setattr("lost.data.row_makers._BATCH_PIECES", 16)
+    monkeypatch.setattr(corpus_rows, "SHARD_TOKENS", 2000)
+
+
+@pytest.mark.usefixtures("_small_shards")
+@pytest.mark.parametrize(("row_maker", "num_processes"), [("packed", 1), ("packed", 2), ("padded", 2)])
+def test_killed_twice_it_goes_on_and_ends_the_same(tmp_path, monkeypatch, row_maker, num_processes):
+    """Finished shards stay the files they are, and what came after them is all that is encoded again."""
+    data = TextFilesDataConfig(
+        train_files=[write_jsonl(tmp_path / "a.jsonl", documents(600))],
+        validation_fraction=0.1,
+        row_maker=row_maker,
+        num_processes=num_processes,
+    )
+    rows = tmp_path / "cache" / "rows"
+    unbroken = prepare(data, vocab_size=300, seq_len=32)
+    assert len(unbroken.train.sets[0].meta["shards"]) > 4
+    expected = files_below(rows)
+    shutil.rmtree(rows)
+    finished, pieces = {}, 0
+    for num_documents in (200, 400):
+        making = kill_while_preparing(data, num_documents)
+        progress = json.loads((making / "progress.json").read_text())
+        inodes = inodes_below(making)
+        now_finished = {
+            f"{split}/{name}": inodes[f"{split}/{name}"]
+            for split, state in progress["writers"].items()
+            for shard in state["shards"]
+            for name in shard["files"]
+        }
+        assert finished.items() < now_finished.items()
+        assert pieces + 50 < progress["pieces"] < num_documents + 50
+        finished, pieces = now_finished, progress["pieces"]
+    encoded = []
+    in_order = corpus_rows.encode_in_order
+
+    def counted(*arguments):
+        for batch, ids in in_order(*arguments):
+            encoded.append(len(batch))
+            yield batch, ids
+
+    monkeypatch.setattr(corpus_rows, "encode_in_order", counted)
+    resumed = prepare(data, vocab_size=300, seq_len=32)
+    assert sum(encoded) == 600 - pieces
+    assert files_below(rows) == expected
+    assert finished.items() < inodes_below(rows).items()
+    assert resumed.fingerprint == unbroken.fingerprint
+    assert resumed.report.sets == unbroken.report.sets
+    assert not resumed.report.is_cached
+    assert unbroken.report.encoded_tokens == unbroken.report.tokens
+    assert resumed.report.encoded_tokens < unbroken.report.tokens * (1 - pieces / 700)
+    assert {path.name for path in rows.rglob("*.json")} == {"manifest.json"}
+    assert not list(rows.glob(".making-*"))
+
+
+@pytest.mark.usefixtures("_small_shards")
+@pytest.mark.parametrize("row_maker", ["packed", "padded"])
+def test_the_number_of_processes_and_the_size_of_shards_change_no_row(tmp_path, monkeypatch, row_maker):
+    one = write_jsonl(tmp_path / "a.jsonl", [*documents(300), "long " * 3000])
+    monkeypatch.setattr(files, "PIECE_CHARACTERS", 2000)
+
+    def prepared(num_processes):
+        data = TextFilesDataConfig(
+            train_files=[one], validation_fraction=0.1, row_maker=row_maker, num_processes=num_processes
+        )
+        report = prepare(data, vocab_size=300, seq_len=32).report
+        assert report.num_processes == num_processes
+        content = files_below(tmp_path / "cache" / "rows", "*")
+        shutil.rmtree(tmp_path / "cache")
+        return report.sets, {name: raw for name, raw in content.items() if name.suffix != ".lock"}
+
+    counts, alone = prepared(1)
+    assert prepared(2) == prepared(3) == (counts, alone)
+    sizes = {name: len(content) for name, content in alone.items() if name.name.startswith("tokens")}
+    assert len(sizes) > 4
+    # SHARD_TOKENS and one batch, two bytes each.
+    assert max(sizes.values()) <= 2 * (2000 + 16 * (2000 if row_maker == "packed" else 32))
+    monkeypatch.setattr(corpus_rows, "SHARD_TOKENS", 1 << 40)
+    counts_of_one, one_shard = prepared(1)
+    assert counts_of_one == counts
+    for split in ("train", "validation"):
+        joined = [
+            b"".join(content for name, content in sorted(found.items()) if name.match(f"{split}/tokens_*"))
+            for found in (alone, one_shard)
+        ]
+        assert joined[0] == joined[1] != b""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path, monkeypatch):
+    """They hold its file lock: if they lived on, the next start would wait for them."""
+    monkeypatch.setattr("lost.data.row_makers._BATCH_PIECES", 64)
+    data = TextFilesDataConfig(train_files=[write_jsonl(tmp_path / "a.jsonl", documents(600))], num_processes=2)
+    kill_while_preparing(data, 100)
+    started = time.monotonic()
+    assert prepare(data, vocab_size=300, seq_len=32).report.documents == 600
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.usefixtures("_small_shards")
+def test_a_killed_worker_is_named_and_finished_shards_are_kept(tmp_path):
+    data = TextFilesDataConfig(train_files=[write_jsonl(tmp_path / "a.jsonl", documents(600))], num_processes=2)
+
+    def kill_a_worker(progress):
+        workers = multiprocessing.active_children()
+        if progress.stage == "rows" and progress.documents > 200 and workers:
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    with pytest.raises(DataError, match=r"ended from outside.*data.num_processes below 2"):
+        prepare(data, vocab_size=300, seq_len=32, progress=kill_a_worker)
+    report = prepare(data, vocab_size=300, seq_len=32).report
+    assert report.documents == 600
+    assert report.encoded_tokens < report.tokens * 0.9
 
 
 def test_mixtures_with_held_out_parts(tmp_path):

@@ -24,6 +24,7 @@ GROUP_FILES = [name for name in FILES if "/" in name and not name.startswith("ex
 OWN_DEFAULTS = {
     "parameterization/lost": {"lost_rank"},
     "data/c4": {"tokenizer", "row_maker"},
+    "data/stdlib": {"validation_fraction"},
 }
 
 

@@ -1,5 +1,7 @@
 """Row makers and row sets against plain definitions in lists."""
 
+import hashlib
+import json
 import pickle
 
 import numpy as np
@@ -8,8 +10,9 @@ import torch
 
 from lost.data import files
 from lost.data.files import document_pieces
-from lost.data.row_makers import RowWriter, batches, is_row_set
+from lost.data.row_makers import RowWriter, WriterState, batches
 from lost.data.rows import Mixture, TokenRows
+from lost.data.shards import verify
 from lost.data.tokenizer import Encoder
 from lost.testing.tiny import tiny_tokenizer
 from lost.utils.errors import DataError
@@ -23,13 +26,19 @@ def ids_of(text):
     return tiny_tokenizer().encode(text, add_special_tokens=False)
 
 
-def write(folder, texts, row_maker, seq_len, vocab_size=258):
+def write(folder, texts, row_maker, seq_len, vocab_size=258, ends_shards=False):
+    """A row set; with ends_shards each piece is a batch, and after each a new writer goes on from the stored state."""
     folder.mkdir(parents=True)
     encoder = Encoder(tiny_tokenizer(), "tiny")
     writer = RowWriter(folder, row_maker, seq_len, encoder, vocab_size)
-    pieces = (piece for text in texts for piece in document_pieces(text, 0, folder, 0))
-    for batch in batches(pieces):
-        writer.add(batch)
+    pieces = [piece for text in texts for piece in document_pieces(text, 0, folder, 0)]
+    for batch in [[piece] for piece in pieces] if ends_shards else batches(pieces):
+        writer.add(batch, encoder.encode([piece.text for piece in batch]))
+        if ends_shards:
+            state = json.dumps(writer.end_shard().to_dict())
+            writer.abandon()
+            stored = WriterState.from_dict(json.loads(state))
+            writer = RowWriter(folder, row_maker, seq_len, encoder, vocab_size, stored)
     writer.close()
     return writer.report
 
@@ -120,13 +129,86 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
         write(tmp_path / "smaller", ["AB"], "packed", 8, vocab_size=largest)
 
 
-def test_a_damaged_row_set_is_seen(tmp_path):
-    write(tmp_path / "set", TEXTS, "packed", 8)
-    assert is_row_set(tmp_path / "set")
-    with open(tmp_path / "set" / "tokens.bin", "ab") as file:
-        file.write(b"x")
-    assert not is_row_set(tmp_path / "set")
-    assert not is_row_set(tmp_path / "nothing")
+@pytest.mark.parametrize("row_maker", ["packed", "padded"])
+@pytest.mark.parametrize("seq_len", [2, 7, 16, 1000])
+def test_shards_change_neither_rows_nor_counts(tmp_path, monkeypatch, row_maker, seq_len):
+    """Cut wherever a piece ends: inside rows, inside documents, in empty ones."""
+    monkeypatch.setattr(files, "PIECE_CHARACTERS", 10)
+    one = write(tmp_path / "one", TEXTS, row_maker, seq_len)
+    many = write(tmp_path / "many", TEXTS, row_maker, seq_len, ends_shards=True)
+    assert many == one
+    whole, cut = (TokenRows(tmp_path / name, isolate_documents=row_maker == "packed") for name in ("one", "many"))
+    num_shards = len(cut.meta["shards"])
+    assert num_shards == min(len(cut), num_shards)
+    assert num_shards > (2 if seq_len < 1000 else 0)
+    wanted = [*range(len(cut)), *reversed(range(len(cut)))]
+    batch, expected = cut.read(wanted), whole.read(wanted)
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    assert {path.name for path in (tmp_path / "many").iterdir()} == {
+        "manifest.json",
+        *(f"{kind}_{k:05d}.bin" for kind in ("tokens", "lengths", "starts") for k in range(num_shards)),
+    }
+
+
+def test_damage_is_named(tmp_path):
+    folder = tmp_path / "key" / "set"
+    write(folder, TEXTS, "packed", 8)
+    assert verify(folder) == sum(path.stat().st_size for path in folder.glob("*.bin"))
+    tokens = folder / "tokens_00000.bin"
+    right = tokens.read_bytes()
+    wrong = bytes([right[0] ^ 1]) + right[1:]
+    tokens.write_bytes(wrong)
+    # Sizes alone do not tell.
+    assert len(TokenRows(folder)) > 0
+    sums = [hashlib.sha256(content).hexdigest() for content in (right, wrong)]
+    with pytest.raises(DataError, match=rf"tokens_00000.bin: .* sha256 {sums[0]}, found {sums[1]}. Remove .*key;"):
+        verify(folder)
+    tokens.write_bytes(right[:-1])
+    with pytest.raises(DataError, match=rf"tokens_00000.bin: .* expected {len(right)} bytes, found {len(right) - 1}"):
+        TokenRows(folder)
+    tokens.unlink()
+    with pytest.raises(DataError, match=r"tokens_00000.bin: .* cannot be read \(No such file"):
+        TokenRows(folder)
+    for text in ("{", "[]", '{"shards": [1]}'):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match=r"manifest.json: prepared rows are damaged"):
+            TokenRows(folder)
+
+
+def test_rows_beyond_int32_and_offsets_beyond_4_gib(tmp_path):
+    """Two shards of 2^31 + 3 rows each, as sparse files; a few rows are marked and all others are zero."""
+    num_rows, seq_len = 2**31 + 3, 2
+    marks = {0: (7, 8), 1234: (9, 10), 2**30 + 1: (3, 4), num_rows - 1: (5, 6)}
+    shards = []
+    for shard in range(2):
+        with open(tmp_path / f"tokens_{shard:05d}.bin", "wb") as file:
+            file.truncate(num_rows * seq_len * 2)
+            for row, (one, two) in marks.items():
+                file.seek(row * seq_len * 2)
+                file.write(np.array([one, two + shard], dtype=np.uint16).tobytes())
+            assert file.tell() > 2**32
+        with open(tmp_path / f"lengths_{shard:05d}.bin", "wb") as file:
+            file.truncate(num_rows * 4)
+            for row in marks:
+                file.seek(row * 4)
+                file.write(np.array([seq_len], dtype=np.int32).tobytes())
+        starts = np.array([row * seq_len + 1 for row in marks], dtype=np.int64)
+        starts.tofile(tmp_path / f"starts_{shard:05d}.bin")
+        names = [f"{kind}_{shard:05d}.bin" for kind in ("tokens", "lengths", "starts")]
+        files = {name: {"bytes": (tmp_path / name).stat().st_size, "sha256": ""} for name in names}
+        shards.append({"rows": num_rows, "files": files})
+    facts = {"seq_len": seq_len, "tokens": 0, "dtype": "uint16", "shards": shards}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    rows = TokenRows(tmp_path, isolate_documents=True)
+    mixture = Mixture([rows, rows])
+    assert (len(rows), len(mixture)) == (2 * num_rows, 4 * num_rows)
+    for part in range(4):
+        batch = mixture.read([part * num_rows + row for row in marks])
+        assert batch["input_ids"].tolist() == [[one, two + part % 2] for one, two in marks.values()]
+        # The second token begins a document: no loss there, and positions start over.
+        assert (batch["labels"] == -100).tolist() == [[False, True]] * len(marks)
+        assert batch["position_ids"].tolist() == [[0, 0]] * len(marks)
+    assert mixture.read([1])["labels"].tolist() == [[-100, -100]]
 
 
 def test_reading_a_row_that_is_not_there(tmp_path):
@@ -178,11 +260,11 @@ def test_tokens_above_65535_keep_their_value(tmp_path):
             self.max_id = 70_000
 
         def encode(self, texts):
-            return [[70_000 - i for i in range(len(text))] for text in texts]
+            return [np.array([70_000 - i for i in range(len(text))], dtype=self.dtype) for text in texts]
 
     folder = tmp_path / "set"
     folder.mkdir()
     writer = RowWriter(folder, "packed", 4, Wide(), 70_001)
-    writer.add(list(document_pieces("abc", 0, folder, 0)))
+    writer.add(list(document_pieces("abc", 0, folder, 0)), Wide().encode(["abc"]))
     writer.close()
     assert TokenRows(folder).read([0])["input_ids"].tolist() == [[70_000, 69_999, 69_998, EOS]]
