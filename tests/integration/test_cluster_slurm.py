@@ -23,10 +23,13 @@ KEYS = [
     "runtime.precision=fp32",
 ]
 # What the stand-ins know: srun becomes the command itself, so that it gets srun's signals.
-STAND_INS = {
-    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n',
-    "scontrol": 'case "$1" in\n  show) echo localhost ;;\n  requeue) echo "$2" >>"$REQUEUED" ;;\nesac\n',
-}
+SCONTROL = """
+case "$1" in
+  requeue) echo "$2" >>"$REQUEUED" ;;
+  show) if [ "$2" = job ]; then echo "   PreemptTime=$PREEMPT_TIME"; else echo localhost; fi ;;
+esac
+"""
+STAND_INS = {"srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n', "scontrol": SCONTROL}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,7 @@ def job(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str
         "SLURM_NNODES": "1",
         "PYTHON": sys.executable,
         "REQUEUED": str(folder / "requeued"),
+        "PREEMPT_TIME": "None",
     }
     return subprocess.Popen(
         ["bash", copy, *arguments],
@@ -95,12 +99,6 @@ def test_a_job_saves_goes_back_into_the_queue_and_ends_like_an_unbroken_run(corp
     assert lost_here(*tiny_run(unbroken, corpus, *KEYS)) == 0
     arguments = tiny_run(run_dir, corpus, *KEYS)[1:]
 
-    # scancel, or a pre-emption that SLURM requeues by itself.
-    code, output = signal_after(job(tmp_path, *arguments), run_dir, 5, "SIGTERM")
-    assert code == 1, output
-    assert status(run_dir) == ("preempted", "received SIGTERM")
-    assert not requeued.exists()
-
     # The early warning.
     code, output = signal_after(job(tmp_path, *arguments), run_dir, 5, "SIGUSR1")
     assert code == 1, output
@@ -112,6 +110,40 @@ def test_a_job_saves_goes_back_into_the_queue_and_ends_like_an_unbroken_run(corp
     assert status(run_dir)[0] == "finished"
     assert requeued.read_text() == "4711\n"
     assert read_metrics(run_dir) == read_metrics(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("asked", "preempt_time", "ends_with", "is_requeued"),
+    [
+        ("SIGTERM", "None", 1, False),
+        ("SIGTERM", "2026-11-22T15:05:33", 1, True),
+        ("SIGUSR1", "None", 1, True),
+        ("SIGUSR1", "None", 0, False),
+        ("", "None", 3, False),
+    ],
+    ids=["scancel", "pre-emption", "time limit", "asked just as it finished", "a crash"],
+)
+def test_which_jobs_go_back_into_the_queue(tmp_path, asked, preempt_time, ends_with, is_requeued):
+    """A stand-in for torchrun that takes a while to save and ends with a given status."""
+    saved = tmp_path / "saved"
+    trainer = tmp_path / "python"
+    trainer.write_text(
+        "#!/usr/bin/env bash\n"
+        f"trap 'sleep 0.5; touch {saved}; exit {ends_with}' USR1 TERM\n"
+        f"touch {tmp_path}/started\n" + ("while true; do sleep 0.05; done\n" if asked else f"exit {ends_with}\n")
+    )
+    trainer.chmod(0o755)
+    process = job(tmp_path, PYTHON=str(trainer), PREEMPT_TIME=preempt_time)
+    end = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    if asked:
+        os.kill(process.pid, signal.Signals[asked])
+    code, output = end_of(process)
+    assert code == ends_with, output
+    assert saved.exists() == bool(asked)
+    assert (tmp_path / "requeued").exists() == is_requeued
 
 
 def test_a_job_without_an_interpreter_says_so(tmp_path):
