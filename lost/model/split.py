@@ -1,7 +1,8 @@
 """Initial values that are computed once: each piece by one process, which gives it to the others."""
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -104,17 +105,19 @@ def shared_values(
     """
     order = deal([piece.cost for piece in pieces], processes.count)
     own_jobs = (partial(_computed, pieces[number]) for number, owner in order if owner == processes.index)
-    own = run_side_by_side(own_jobs) if is_on_cpu else (job() for job in own_jobs)
-    for number, owner in order:
-        values, error = {}, None
-        if owner == processes.index:
-            try:
-                values = next(own)
-            # Whatever went wrong, the others wait for this piece.
-            except Exception as caught:
-                error = caught
-        _raise_together(error, owner, pieces[number].device, processes)
-        yield number, _exchanged(pieces[number], values, owner, processes)
+    own: Generator = run_side_by_side(own_jobs) if is_on_cpu else (job() for job in own_jobs)
+    # Whatever ends this early also ends the threads.
+    with closing(own):
+        for number, owner in order:
+            values, error = {}, None
+            if owner == processes.index:
+                try:
+                    values = next(own)
+                # Whatever went wrong, the others wait for this piece.
+                except Exception as caught:
+                    error = caught
+            _raise_together(error, owner, pieces[number].device, processes)
+            yield number, _exchanged(pieces[number], values, owner, processes)
 
 
 def _computed(piece: Piece) -> dict[str, Tensor]:

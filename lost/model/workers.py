@@ -1,6 +1,6 @@
 """Runs independent computations side by side, one CPU thread each."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 MAX_WORKERS = 16
 
 
-def run_side_by_side(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+def run_side_by_side(jobs: Iterable[Callable[[], Result]]) -> Generator[Result, None, None]:
     """The results of `jobs` in their order, computed by as many threads as torch has.
 
     Each job runs with one torch thread. So its bits do not depend on the number of threads, and for the eigenvectors of

@@ -27,14 +27,20 @@ def group(index: int) -> Processes:
 
 
 def fill_models(
-    index: int, cases: dict[str, tuple[ModelConfig, ParameterizationConfig, torch.dtype]], is_sharded: bool
+    index: int, cases: dict[str, tuple[ModelConfig, ParameterizationConfig, torch.dtype]], mesh_shape: tuple[int, ...]
 ) -> dict[str, dict[str, Any]]:
-    """For every case: the gathered state, logits of TOKENS, sizes of the local parts, and own factorisations."""
+    """For every case: the gathered state, logits of TOKENS, sizes of the local parts, and own factorisations.
+
+    Args:
+        index: of this process.
+        cases: model, form and dtype by name.
+        mesh_shape: (shards,) or (replicas, shards) of `fully_shard`; (): not sharded.
+    """
     results = {}
     for name, (model, form, dtype) in cases.items():
         net = build_meta_model(model, form, dtype=dtype)
-        if is_sharded:
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        if mesh_shape:
+            mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")[-len(mesh_shape) :])
             for block in net.model.layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(net, mesh=mesh)
@@ -47,7 +53,7 @@ def fill_models(
             "buffers": {key: value.clone() for key, value in net.named_buffers()},
             "local_numel": {key: _local(value).numel() for key, value in net.named_parameters()},
             # fully_shard's forward wants parameters of one dtype; filling them does not.
-            "logits": None if is_sharded and is_mixed else net(TOKENS).logits.detach(),
+            "logits": None if mesh_shape and is_mixed else net(TOKENS).logits.detach(),
             "num_factorisations": num_own,
         }
     return results
