@@ -15,8 +15,6 @@ from lost.config.schema import BenchConfig
 from lost.config.section import to_dict
 from lost.utils.versions import versions
 
-BASE = "dense"
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -29,7 +27,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All arms of one run; the arm called dense is what the others are compared with.
+    """All arms of one run, compared with the arm `base`.
 
     num_tokens is what one call of an arm works on; `device` and `precision` are what was picked.
     """
@@ -41,10 +39,11 @@ class BenchResult:
     precision: str
     num_threads: int
     arms: dict[str, Arm]
+    base: str = "dense"
 
-    def ratio_to_dense(self, name: str) -> float:
-        """Median over the rounds of: time over dense's time in the same round."""
-        return statistics.median(self.arms[name].timing.ratios_to(self.arms[BASE].timing))
+    def ratio_to_base(self, name: str) -> float:
+        """Median over the rounds of: time over that of `base` in the same round."""
+        return statistics.median(self.arms[name].timing.ratios_to(self.arms[self.base].timing))
 
     def facts(self) -> dict[str, Any]:
         """Everything as JSON values: times in seconds."""
@@ -62,12 +61,12 @@ class BenchResult:
 
     def _arm_facts(self, name: str) -> dict[str, Any]:
         arm = self.arms[name]
-        round_ratios = arm.timing.ratios_to(self.arms[BASE].timing)
+        round_ratios = arm.timing.ratios_to(self.arms[self.base].timing)
         return {
             "median_seconds": arm.timing.median,
             "spread_seconds": arm.timing.spread,
-            "time_over_dense": self.ratio_to_dense(name),
-            "spread_of_time_over_dense": quantiles(round_ratios),
+            "time_over_base": self.ratio_to_base(name),
+            "spread_of_time_over_base": quantiles(round_ratios),
             "tokens_per_second": self.num_tokens / arm.timing.median,
             "num_parameters": arm.num_parameters,
             "saved_activation_bytes": arm.saved_bytes,
@@ -81,14 +80,14 @@ class BenchResult:
         )
         table = Table(title=self.title, caption=caption)
         table.add_column("", no_wrap=True)
-        for head in ("ms", "/ dense", "20-80 %", "tokens/s", "M params", "saved MiB"):
+        for head in ("ms", f"/ {self.base}", "20-80 %", "tokens/s", "M params", "saved MiB"):
             table.add_column(head, justify="right", no_wrap=True)
         for name, arm in self.arms.items():
-            low_ratio, high_ratio = quantiles(arm.timing.ratios_to(self.arms[BASE].timing))
+            low_ratio, high_ratio = quantiles(arm.timing.ratios_to(self.arms[self.base].timing))
             table.add_row(
                 name,
                 f"{1e3 * arm.timing.median:.1f}",
-                f"{self.ratio_to_dense(name):.3f}",
+                f"{self.ratio_to_base(name):.3f}",
                 f"{low_ratio:.2f}-{high_ratio:.2f}",
                 f"{self.num_tokens / arm.timing.median:,.0f}",
                 f"{arm.num_parameters / 1e6:.2f}",

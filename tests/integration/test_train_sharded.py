@@ -12,6 +12,7 @@ from lost.testing.runs import losses, lost, read_metrics, succeed, tiny_run, wri
 
 FSDP2 = "runtime=fsdp2"
 DDP = "runtime=ddp"
+NORMS = "logging.group_norms_every_steps=5"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def alone(tmp_path_factory, corpus):
 
 
 def command(run_dir, corpus, *overrides):
-    return tiny_run(run_dir, corpus, "train.max_steps=20", "checkpoint.every_steps=10", *overrides)
+    return tiny_run(run_dir, corpus, "train.max_steps=20", "checkpoint.every_steps=10", NORMS, *overrides)
 
 
 def assert_same_losses(ours, theirs, limit=1e-5):
@@ -44,7 +45,7 @@ def assert_same_losses(ours, theirs, limit=1e-5):
 def sharded(tmp_path_factory, corpus):
     """20 steps of two processes with fsdp2, its first checkpoint kept as well."""
     run_dir = tmp_path_factory.mktemp("sharded") / "run"
-    succeed(*command(run_dir, corpus, FSDP2, "logging.group_norms_every_steps=5"), num_processes=2)
+    succeed(*command(run_dir, corpus, FSDP2), num_processes=2)
     return run_dir
 
 

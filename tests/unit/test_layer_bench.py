@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def tiny(**options) -> BenchConfig:
     model = ModelConfig(
         name="tiny",
-        vocab_size=97,
+        vocab_size=300,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -99,12 +99,12 @@ def test_layer_result_and_json(tmp_path, capsys):
     assert list(result.arms) == ["dense", "lost", "lost p0", "three products"]
     assert result.arms["dense"].num_parameters == 40 * 30
     assert result.arms["lost"].num_parameters == 6 * 70 + 4 * 30
-    assert result.ratio_to_dense("dense") == 1
+    assert result.ratio_to_base("dense") == 1
     assert "three products" in capsys.readouterr().out
     facts = json.loads((tmp_path / "new" / "bench_layer.json").read_text())
     assert facts["num_threads"] == torch.get_num_threads()
     assert facts["arms"]["lost"]["median_seconds"] == result.arms["lost"].timing.median
-    assert facts["arms"]["lost"]["time_over_dense"] == result.ratio_to_dense("lost")
+    assert facts["arms"]["lost"]["time_over_base"] == result.ratio_to_base("lost")
     assert facts["versions"]["packages"]["torch"] == torch.__version__
     assert facts["config"]["lost_rank"] == 6
 
@@ -137,3 +137,13 @@ def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(tiny())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_loop_is_a_real_run_and_its_steps_hold_the_work(tmp_path):
+    result = run(tiny(what="loop", num_tokens=64, to=str(tmp_path), repeats=6))
+    work, whole = result.arms["model"].timing, result.arms["whole step"].timing
+    assert len(work.seconds) == len(whole.seconds) == 6
+    assert all(0 < inner < outer for inner, outer in zip(work.seconds, whole.seconds, strict=True))
+    facts = json.loads((tmp_path / "bench_loop.json").read_text())
+    assert facts["arms"]["model"]["time_over_base"] == 1
+    assert facts["arms"]["whole step"]["time_over_base"] > 1
