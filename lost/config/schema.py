@@ -307,6 +307,20 @@ class C4DataConfig(DataConfig):
     max_documents: int = setting(
         "documents taken from the shuffled stream; 0 = all", 0, at_least=0, unit="documents", is_fixed_on_resume=True
     )
+    streaming: bool = setting(
+        "train on the stream as it comes, without rows on disk; a resume loses the place in it and begins it anew, in"
+        " another shuffle",
+        False,
+        is_fixed_on_resume=True,
+    )
+
+    def cross_rules(self) -> list[CrossRule]:
+        return [*super().cross_rules(), ("streaming", self._streaming_problems)]
+
+    def _streaming_problems(self) -> list[str]:
+        if self.streaming and self.isolate_documents:
+            return ["streaming = true with isolate_documents = true: only rows on disk know where documents begin"]
+        return []
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -450,8 +464,15 @@ class DeviceConfig(Section):
 class RuntimeConfig(DeviceConfig):
     """Processes, device, precision and how the model is wrapped for training."""
 
-    name: Literal["auto", "single", "ddp"] = setting(
-        "auto: ddp when several processes were launched, else single", "auto"
+    name: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = setting(
+        "auto: ddp when several processes were launched, else single; fsdp2: parameters, gradients and optimizer state"
+        " in shards over the processes; with DeepSpeed, zero1: optimizer state in shards, zero2: gradients too, zero3:"
+        " parameters too",
+        "auto",
+    )
+    replicas: int = setting("fsdp2: groups of processes that each hold all shards (hybrid sharding)", 1, at_least=1)
+    timeout_seconds: int = setting(
+        "how long processes wait for each other before they stop with an error", 1800, at_least=1, unit="s"
     )
     compile: bool = setting("torch.compile every block", False)
     recompute: Literal["none", "p0", "block"] = setting(
@@ -479,6 +500,9 @@ class CheckpointConfig(Section):
 
     every_steps: int = setting("save every so many steps (and at the end); 0: only at the end", 100, at_least=0)
     keep: int = setting("newest checkpoints kept", 2, at_least=1)
+    background: bool = setting(
+        "training goes on while a checkpoint is written; needs memory for a copy of weights and optimizer state", True
+    )
     resume: str = setting(
         "auto: from the newest complete checkpoint of run_dir if there is one; never; must; or a checkpoint's path",
         "auto",
@@ -614,14 +638,17 @@ class ExportConfig(Section):
 class BenchConfig(Section):
     """Everything of `lost bench`: times and memory, all arms interleaved in one run."""
 
-    model: ModelConfig = setting("architecture of what=step")
+    model: ModelConfig = setting("architecture of what=step and loop")
     parameterization: LostConfig = setting("the LOST arm")
     runtime: DeviceConfig = setting("device and precision")
-    what: Literal["layer", "step"] = setting("one linear layer, or a whole training step", "layer")
+    what: Literal["layer", "step", "loop"] = setting(
+        "layer: one linear layer; step: forward, backward and update of a model; loop: what the training loop adds",
+        "layer",
+    )
     in_features: int = setting("input width of what=layer", 1024, at_least=1)
     out_features: int = setting("output width of what=layer", 1024, at_least=1)
     lost_rank: CountOrFraction = setting("rank of what=layer; what=step takes parameterization.lost_rank", 256)
     num_tokens: int = setting("tokens of one call", 2048, at_least=1, unit="tokens")
-    seq_len: int = setting("row length of what=step", 256, at_least=2, unit="tokens")
+    seq_len: int = setting("row length of what=step and loop", 256, at_least=2, unit="tokens")
     repeats: int = setting("timed rounds; every round runs each arm once", 15, at_least=3)
     to: str = setting("folder of the JSON result; empty: print only", "")
