@@ -139,7 +139,7 @@ def test_constraints_pin_every_dependency_and_tool():
     assert not [version for version in pinned.values() if "+" in version]
 
 
-@pytest.mark.parametrize("name", ["setup.sh", "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("name", ["setup.sh", "quickstart.sh", "test.sh", "two_nodes.sh", "slurm/pretrain.sbatch"])
 def test_scripts_start_strictly(name):
     text = (ROOT / "scripts" / name).read_text()
     assert text.startswith("#!/usr/bin/env bash\n")
