@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lost.accounting import flops_per_token
 from lost.assemble.facts import card_facts
-from lost.assemble.resume import check_checkpoint, find_checkpoint, is_finished, restore, stored_config
+from lost.assemble.resume import by_main, check_checkpoint, find_checkpoint, is_finished, restore, stored_config
 from lost.assemble.sample import sample_text
 from lost.assemble.source import Start, start_as_stored, start_of
 from lost.assemble.summary import print_start, print_summary
@@ -42,7 +42,8 @@ from lost.train.runtime import Runtime, start_runtime
 from lost.train.state import TrainState, snapshot
 from lost.train.stop import StopRequest
 from lost.train.trainer import Run, fit
-from lost.utils.errors import LostError, TrainingError
+from lost.train.watch import Watch
+from lost.utils.errors import LostError, LostProcessError, TrainingError
 from lost.utils.logging import get_logger, setup
 from lost.utils.versions import versions
 
@@ -62,8 +63,7 @@ def pretrain(config: PretrainConfig) -> int:
     setup(runtime.is_main)
     run_dir = Path(config.run_dir)
     with ExitStack() as stack:
-        if runtime.is_main:
-            stack.enter_context(RunLock(run_dir))
+        by_main(runtime, lambda: stack.enter_context(RunLock(run_dir)).path)
         stored = stored_config(run_dir)
         start = start_as_stored(config, stored, run_dir) if stored and config.source else start_of(config)
         if stored:
@@ -88,7 +88,7 @@ def carry_out(start: Start, runtime: Runtime, stack: ExitStack) -> int:
     model = start.make_meta_model(runtime.param_dtype, prepared.tokenizer)
     engine = Engine(model, config.runtime, config.optimizer, runtime, fill_with(start, runtime, checkpoint))
     state = restore(checkpoint, facts, engine, runtime) if checkpoint else TrainState()
-    with status_of_failures(run_dir, runtime, state):
+    with status_of_failures(run_dir, runtime, state), watching(config, runtime, state) as watch:
         if runtime.is_main:
             open_run_dir(config, prepared, manager, state, is_resumed=checkpoint is not None)
             print_start(config, runtime, prepared, state)
@@ -110,7 +110,7 @@ def carry_out(start: Start, runtime: Runtime, stack: ExitStack) -> int:
             flops_per_token=flops_per_token(config.model, config.parameterization, config.train.seq_len),
             peak_flops=runtime.peak_tflops(config.runtime.peak_tflops) * 1e12,
         )
-        reached_the_end = train(run, start, state, prepared, manager)
+        reached_the_end = train(run, start, state, prepared, manager, watch)
     return close_run(run, state, reached_the_end)
 
 
@@ -135,13 +135,21 @@ def broadcast(tensor: torch.Tensor, source: int) -> None:
     torch.distributed.broadcast(tensor, source)
 
 
-def train(run: Run, start: Start, state: TrainState, prepared: Prepared, manager: CheckpointManager) -> bool:
+def train(
+    run: Run, start: Start, state: TrainState, prepared: Prepared, manager: CheckpointManager, watch: Watch | None
+) -> bool:
     """fit() with its callables; failures from here on are no mistakes of the settings."""
+
+    def evaluate() -> dict[str, float | int | str]:
+        if watch:
+            watch.touch()
+        return evaluation_line(run, prepared)
+
     try:
         reached_the_end = fit(
             run,
             state,
-            evaluate=lambda: evaluation_line(run, prepared),
+            evaluate=evaluate,
             save=save_with(run, prepared, manager),
             save_final=lambda: save_final_model(run, start, state, prepared),
         )
@@ -149,6 +157,23 @@ def train(run: Run, start: Start, state: TrainState, prepared: Prepared, manager
     except LostError as error:
         raise TrainingError(str(error)) from error
     return reached_the_end
+
+
+@contextmanager
+def watching(config: PretrainConfig, runtime: Runtime, state: TrainState) -> Iterator[Watch | None]:
+    """Names the silent process where the others wait for it in vain; nothing for a process alone."""
+    if runtime.num_processes == 1:
+        yield None
+        return
+
+    def on_stuck(message: str) -> None:
+        log.error("%s", message)
+        # After its time-out NCCL ends the process without a word to Python.
+        if runtime.device.type == "cuda":
+            write_status(config.run_dir, "failed", state.step, message)
+
+    with Watch(state, runtime.process_index, config.runtime.timeout_seconds, on_stuck) as watch, watch.naming():
+        yield watch
 
 
 def save_with(run: Run, prepared: Prepared, manager: CheckpointManager) -> Callable[[TrainState], None]:
@@ -226,7 +251,8 @@ def status_of_failures(run_dir: Path, runtime: Runtime, state: TrainState) -> It
     try:
         yield
     except BaseException as error:
-        if runtime.is_main:
+        # The first process may be the one that the others have lost.
+        if runtime.is_main or isinstance(error, LostProcessError):
             reason = str(error) if isinstance(error, LostError) else f"{type(error).__name__}: {error}"
             try:
                 write_status(run_dir, "failed", state.step, reason)

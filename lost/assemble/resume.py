@@ -1,7 +1,8 @@
 """Whether a run directory holds this run already, and the checkpoint to go on from."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from accelerate.utils import broadcast_object_list
@@ -16,8 +17,9 @@ from lost.data import Prepared
 from lost.train.engine import Engine
 from lost.train.runtime import Runtime
 from lost.train.state import TrainState, restore_rng
-from lost.utils.errors import CheckpointError
+from lost.utils.errors import CheckpointError, LostError
 
+Result = TypeVar("Result")
 # Settings that do not change what a finished run came to.
 WITHOUT_EFFECT_ON_RESULTS = (
     *("logging.", "checkpoint.", "runtime.", "run_dir", "data.cache_dir", "data.num_workers", "data.num_processes"),
@@ -58,16 +60,39 @@ def find_checkpoint(config: PretrainConfig, manager: CheckpointManager, runtime:
     Raises:
         CheckpointError: run_dir does not hold what checkpoint.resume asks for, or has a final model but no checkpoint.
     """
-    found: list[Path | None] = [None]
-    if runtime.is_main:
+
+    def find() -> Path | None:
         manager.clean()
-        found = [manager.resolve(config.checkpoint.resume)]
-        if found == [None] and (Path(config.run_dir) / "final").is_dir():
+        found = manager.resolve(config.checkpoint.resume)
+        if found is None and (Path(config.run_dir) / "final").is_dir():
             raise CheckpointError(
                 f"{config.run_dir} holds a final model but no checkpoint to go on from, and starting anew would replace"
                 f" it: start from its weights with source={config.run_dir} and another run_dir"
             )
-    return broadcast_object_list(found)[0]
+        return found
+
+    return by_main(runtime, find)
+
+
+def by_main(runtime: Runtime, action: Callable[[], Result]) -> Result:
+    """What `action` returns on process 0, on every process.
+
+    Raises:
+        CheckpointError: where it is a mistake on process 0, on every process: none waits for one that has left.
+    """
+    if runtime.num_processes == 1:
+        return action()
+    answer: list[Any] = [None, ""]
+    failure = None
+    if runtime.is_main:
+        try:
+            answer[0] = action()
+        except LostError as error:
+            failure, answer[1] = error, str(error)
+    result, problem = broadcast_object_list(answer)
+    if problem:
+        raise failure or CheckpointError(problem)
+    return result
 
 
 def check_checkpoint(path: Path, config: PretrainConfig, prepared: Prepared, runtime: Runtime) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from lost.cli.commands import COMMANDS, POSITIONAL
 from lost.config.section import nearest
-from lost.utils.errors import ConfigError, LostError, TrainingError
+from lost.utils.errors import ConfigError, LostError, LostProcessError, TrainingError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,8 +88,8 @@ def _parse_arguments(command: str, arguments: list[str]) -> tuple[list[str], str
 
 
 def _stopped(arguments: list[str], error: LostError, status: int) -> int:
-    """Prints the message, once for all processes of a launch."""
-    if os.environ.get("RANK", "0") == "0":
+    """Prints the message, once for all processes of a launch (unless they have lost each other)."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, LostProcessError):
         words = " ".join(["lost", *(word for word in arguments[:1] if word in COMMANDS)])
         hint = f"\n'{words} --help' lists what there is." if isinstance(error, ConfigError) else ""
         print(f"{words}: {error}{hint}", file=sys.stderr)

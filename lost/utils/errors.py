@@ -39,3 +39,7 @@ class ShapeError(LostError, ValueError):
 
 class TrainingError(LostError):
     """Training that cannot go on, for instance after too many non-finite steps."""
+
+
+class LostProcessError(TrainingError):
+    """Processes of a run that no longer answer each other. Each of them says so, since the first may be the silent one."""

@@ -1,0 +1,89 @@
+"""What is said about processes that no longer answer, and which errors count as such."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from lost.train.state import TrainState
+from lost.train.watch import Watch, words_about_others
+from lost.utils.errors import LostProcessError
+
+
+def words(before, after, own=0, count=None, own_step=7):
+    return words_about_others(before, after, own=own, count=count or len(after), own_step=own_step)
+
+
+def test_who_stands_still_is_silent_and_who_is_elsewhere_is_named():
+    before = {0: ("7", "4"), 1: ("6", "3"), 2: ("7", "4"), 3: ("9", "4")}
+    after = {0: ("7", "6"), 1: ("6", "3"), 2: ("7", "6"), 3: ("9", "6")}
+    assert words(before, after) == "process 1 is silent since step 6, process 3 is at step 9"
+
+
+def test_a_process_that_gave_up_is_not_the_silent_one():
+    entries = {0: ("7", "gave_up"), 1: ("7", "2"), 2: ("7", "gave_up")}
+    assert words(entries, entries) == "process 1 is silent since step 7"
+
+
+def test_who_never_began_is_named_and_long_lists_are_cut():
+    after = {0: ("1", "2")}
+    assert words(after, after, count=2, own_step=1) == "process 1 never began"
+    text = words(after, after, count=20, own_step=1)
+    assert "process 8 never began, and 11 more are missing" in text
+    assert "process 9" not in text
+
+
+def test_all_alive_in_one_step_says_so():
+    assert words({1: ("7", "1")}, {1: ("7", "2")}, count=2) == "all of them are alive and in the same step"
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_the_group"),
+    [
+        (RuntimeError("[/a/gloo/b.cc:8] Connection closed by peer [::1]:7. This is typically a crash."), True),
+        (RuntimeError("[/a/third_party/gloo/x.cc:1] Timed out waiting 5ms for recv operation to complete"), True),
+        (dist.DistBackendError("some collective"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_only_failures_of_the_group_are_renamed(group, error, is_of_the_group):
+    watch = Watch(TrainState(step=3), 0, 0.1, on_stuck=lambda _: None)
+    with pytest.raises(Exception) as raised, watch.naming():  # noqa: PT011
+        raise error
+    assert isinstance(raised.value, LostProcessError) == is_of_the_group
+    if is_of_the_group:
+        assert str(raised.value).startswith("process 0 lost the others in step 3: ")
+        assert "third_party" not in str(raised.value)
+    else:
+        assert raised.value is error
+
+
+def test_a_step_that_takes_too_long_is_reported_once(group):
+    state, messages = TrainState(step=3), []
+
+    def wait_for(count):
+        end = time.monotonic() + 60
+        while len(messages) < count:
+            assert time.monotonic() < end, messages
+            time.sleep(0.01)
+
+    with Watch(state, 0, 0.6, messages.append) as watch:
+        for _ in range(20):
+            watch.touch()
+            time.sleep(0.05)
+        assert messages == []
+        wait_for(1)
+        assert messages[0].startswith("process 0 has been in step 3 for ")
+        time.sleep(0.8)
+        assert len(messages) == 1
+        state.step = 4
+        wait_for(2)
+        assert messages[1].startswith("process 0 has been in step 4 for ")
