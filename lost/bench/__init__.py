@@ -11,6 +11,8 @@ def run(config: "BenchConfig") -> "BenchResult":
     """Times what `config.what` names, prints the table and writes the JSON if `config.to` is set."""
     if config.what == "layer":
         from lost.bench.layer import bench_layer as bench
+    elif config.what == "checkpoint":
+        from lost.bench.checkpoint import bench_checkpoint as bench
     elif config.what == "loop":
         from lost.bench.loop import bench_loop as bench
     else:

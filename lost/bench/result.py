@@ -74,25 +74,28 @@ class BenchResult:
         }
 
     def table(self) -> Table:
+        """One row an arm; tokens/s and saved activations where they mean something."""
+        has_saved = any(arm.saved_bytes for arm in self.arms.values())
         caption = (
             f"{self.device.type}, {self.precision}, {self.num_threads} CPU threads; median and 20-80 % of"
-            f" {self.config.repeats} interleaved rounds. Saved: kept for the backward pass."
+            f" {self.config.repeats} interleaved rounds." + has_saved * " Saved: kept for the backward pass."
         )
         table = Table(title=self.title, caption=caption)
         table.add_column("", no_wrap=True)
-        for head in ("ms", f"/ {self.base}", "20-80 %", "tokens/s", "M params", "saved MiB"):
+        heads = ["ms", f"/ {self.base}", "20-80 %", *["tokens/s"] * bool(self.num_tokens), "M params"]
+        for head in heads + ["saved MiB"] * has_saved:
             table.add_column(head, justify="right", no_wrap=True)
         for name, arm in self.arms.items():
             low_ratio, high_ratio = quantiles(arm.timing.ratios_to(self.arms[self.base].timing))
-            table.add_row(
-                name,
+            cells = [
                 f"{1e3 * arm.timing.median:.1f}",
                 f"{self.ratio_to_base(name):.3f}",
                 f"{low_ratio:.2f}-{high_ratio:.2f}",
-                f"{self.num_tokens / arm.timing.median:,.0f}",
+                *[f"{self.num_tokens / arm.timing.median:,.0f}"] * bool(self.num_tokens),
                 f"{arm.num_parameters / 1e6:.2f}",
-                f"{arm.saved_bytes / 2**20:.1f}",
-            )
+                *[f"{arm.saved_bytes / 2**20:.1f}"] * has_saved,
+            ]
+            table.add_row(name, *cells)
         return table
 
     def print_and_write(self) -> Path | None:

@@ -345,12 +345,35 @@ class TrainConfig(Section):
     max_grad_norm: float = setting("global gradient norm is clipped to this; 0 = off", 1.0, at_least=0)
     max_hours: float = setting("wall-clock limit: save and stop after it; 0 = none", 0.0, at_least=0, unit="hours")
     max_skipped_steps: int = setting(
-        "stop after this many steps in a row with a non-finite loss or gradient", 10, at_least=1, unit="steps"
+        "after this many skipped steps in a row the run has diverged", 10, at_least=1, unit="steps"
     )
+    loss_spike_factor: float = setting(
+        "a loss above so many times the median of the last 50 good ones is skipped, as one that is not finite always"
+        " is; 0 = off",
+        0.0,
+        at_least=0,
+    )
+    on_divergence: Literal["stop", "rollback"] = setting(
+        "stop with a diagnosis, or go back to the last checkpoint before and leave the rows of the skipped steps out",
+        "stop",
+    )
+    max_rollbacks: int = setting("a run that has gone back so often stops", 3, at_least=1)
 
     def cross_rules(self) -> list[CrossRule]:
         # A micro-batch can be changed more freely than a batch, so that it is the one to blame.
-        return [("max_steps", self._length_problems), ("micro_batch_size", self._batch_problems)]
+        return [
+            ("max_steps", self._length_problems),
+            ("micro_batch_size", self._batch_problems),
+            ("loss_spike_factor", self._spike_problems),
+        ]
+
+    def _spike_problems(self) -> list[str]:
+        if self.loss_spike_factor == 0 or self.loss_spike_factor > 1:
+            return []
+        return [
+            f"loss_spike_factor = {self.loss_spike_factor:g} would skip losses below the median of the last ones: give a"
+            " number above 1, for instance train.loss_spike_factor=2, or 0 for off"
+        ]
 
     def _length_problems(self) -> list[str]:
         if self.max_steps or self.max_tokens:
@@ -638,11 +661,12 @@ class ExportConfig(Section):
 class BenchConfig(Section):
     """Everything of `lost bench`: times and memory, all arms interleaved in one run."""
 
-    model: ModelConfig = setting("architecture of what=step and loop")
+    model: ModelConfig = setting("architecture; what=layer has its own sizes")
     parameterization: LostConfig = setting("the LOST arm")
     runtime: DeviceConfig = setting("device and precision")
-    what: Literal["layer", "step", "loop"] = setting(
-        "layer: one linear layer; step: forward, backward and update of a model; loop: what the training loop adds",
+    what: Literal["layer", "step", "loop", "checkpoint"] = setting(
+        "layer: one linear layer; step: forward, backward and update of a model; loop: what the training loop adds;"
+        " checkpoint: saving and resuming",
         "layer",
     )
     in_features: int = setting("input width of what=layer", 1024, at_least=1)

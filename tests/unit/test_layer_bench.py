@@ -147,3 +147,11 @@ def test_the_loop_is_a_real_run_and_its_steps_hold_the_work(tmp_path):
     facts = json.loads((tmp_path / "bench_loop.json").read_text())
     assert facts["arms"]["model"]["time_over_base"] == 1
     assert facts["arms"]["whole step"]["time_over_base"] > 1
+
+
+def test_a_checkpoint_is_saved_and_resumed_each_round(tmp_path):
+    result = run(tiny(what="checkpoint", to=str(tmp_path)))
+    assert list(result.arms) == ["save", "save in background", "resume"]
+    assert {len(arm.timing.seconds) for arm in result.arms.values()} == {3}
+    assert "checkpoint of tiny, 0 MiB" in result.title
+    assert [path.name for path in tmp_path.iterdir()] == ["bench_checkpoint.json"]
