@@ -134,22 +134,22 @@ say "node a $address_a, node b $address_b, joined by a veth pair"
 
 mapfile -t unbroken < <(arguments_of "$folder/unbroken")
 start_node "$node_a" "$address_a" 1 "$folder/unbroken_a.log" "${unbroken[@]}"
-agent_a=$!
+torchrun_a=$!
 start_node "$node_b" "$address_b" 0 "$folder/unbroken_b.log" "${unbroken[@]}"
-agent_b=$!
-finish "$agent_a" "node a, unbroken run"
-finish "$agent_b" "node b, unbroken run"
+torchrun_b=$!
+finish "$torchrun_a" "node a, unbroken run"
+finish "$torchrun_b" "node b, unbroken run"
 say "the unbroken run of $max_steps steps is done"
 
 mapfile -t broken < <(arguments_of "$folder/broken")
 metrics="$folder/broken/metrics.jsonl"
 start_node "$node_a" "$address_a" 1 "$folder/broken_a.log" "${broken[@]}"
-agent_a=$!
+torchrun_a=$!
 start_node "$node_b" "$address_b" 0 "$folder/broken_b.log" "${broken[@]}"
-agent_b=$!
+torchrun_b=$!
 end=$(($(now) + seconds_limit))
 while [ "$(num_lines "$metrics")" -lt $((max_steps / 3)) ]; do
-  if ! kill -0 "$agent_a" "$agent_b" 2>/dev/null; then fail "a node ended before it was to be killed"; fi
+  if ! kill -0 "$torchrun_a" "$torchrun_b" 2>/dev/null; then fail "a node ended before it was to be killed"; fi
   [ "$(now)" -lt "$end" ] || fail "no third of the steps within $seconds_limit s"
   sleep 0.05
 done
@@ -160,20 +160,20 @@ else
   kill_node "$node_b"
   ip -n "$node_b" link set eth0 down
 fi
-wait "$agent_b" 2>/dev/null || true
+wait "$torchrun_b" 2>/dev/null || true
 cp "$metrics" "$folder/at_death.jsonl"
 lines_at_death="$(num_lines "$metrics")"
 say "node b is dead ($fault: SIGKILL of torchrun and its process, cable out) after $lines_at_death lines of metrics"
 
 sleep 3
-kill -0 "$agent_a" 2>/dev/null || fail "torchrun of node a did not survive the death of node b"
+kill -0 "$torchrun_a" 2>/dev/null || fail "torchrun of node a did not survive the death of node b"
 [ ! -e "$folder/broken/final" ] || fail "the run was finished before node b died"
 ip -n "$node_b" link set eth0 up
 start_node "$node_b" "$address_b" 0 "$folder/broken_b2.log" "${broken[@]}"
-agent_b=$!
+torchrun_b=$!
 say "node b is back"
-finish "$agent_a" "node a"
-finish "$agent_b" "node b, started again"
+finish "$torchrun_a" "node a"
+finish "$torchrun_b" "node b, started again"
 say "both nodes ended with exit status 0"
 
 "$python" - "$folder" "$max_steps" <<'PYTHON' || fail "the trace is not that of the unbroken run"
