@@ -10,7 +10,7 @@ from rich.table import Table
 from lost.accounting import count_parameters
 from lost.config.schema import DenseConfig, PretrainConfig, StdlibDataConfig
 from lost.config.section import to_dict
-from lost.data import Prepared
+from lost.data import Mixture, Prepared
 from lost.train.runtime import Runtime
 from lost.train.state import TrainState
 from lost.utils.metrics_file import read_metrics
@@ -37,18 +37,24 @@ def print_start(config: PretrainConfig, runtime: Runtime, prepared: Prepared, st
     table = key_value_table(f"{config.experiment}: {config.model.name}, {to_dict(config.parameterization)['name']}")
     table.add_row("parameters", parameter_words(config))
     table.add_row("runs on", runtime.describe())
-    table.add_row("data", f"{to_dict(config.data)['name']}: {prepared.train.num_tokens:,} tokens to train on")
+    table.add_row("data", f"{to_dict(config.data)['name']}: {prepared.train.describe()}")
     table.add_row(
         "a step",
         f"{train.global_batch_size} rows of {train.seq_len} = {train.global_batch_tokens:,} tokens"
         f" ({accumulation} micro-steps of {train.micro_batch_size} rows a process)",
     )
     num_tokens = train.num_steps * train.global_batch_tokens
-    epochs = num_tokens / max(1, len(prepared.train) * train.seq_len)
-    table.add_row("the run", f"{train.num_steps:,} steps, {num_tokens:,} tokens, {epochs:.2f} epochs")
+    table.add_row("the run", f"{train.num_steps:,} steps, {num_tokens:,} tokens{epoch_words(prepared, num_tokens)}")
     table.add_row("optimizer", f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {schedule['name']}")
     table.add_row("run_dir", f"{config.run_dir}" + (f" (goes on after step {state.step})" if state.step else ""))
     Console().print(table)
+
+
+def epoch_words(prepared: Prepared, num_tokens: int) -> str:
+    """How many epochs so many tokens are; nothing for a stream, whose length is not known."""
+    if not isinstance(prepared.train, Mixture):
+        return ""
+    return f", {num_tokens / max(1, len(prepared.train) * prepared.train.seq_len):.2f} epochs"
 
 
 def print_summary(config: PretrainConfig, run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from lost.data.prepare import Prepared, prepare, prepare_validation
 from lost.data.progress import PreparationBar, report_lines
 from lost.data.report import PrepareReport, Progress
 from lost.data.rows import Batch, Mixture, TokenRows
+from lost.data.stream import TokenStream
 
 __all__ = [
     "Batch",
@@ -14,6 +15,7 @@ __all__ = [
     "Prepared",
     "Progress",
     "TokenRows",
+    "TokenStream",
     "prepare",
     "prepare_validation",
     "report_lines",

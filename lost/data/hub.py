@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lost.config.schema import C4DataConfig
@@ -47,8 +47,21 @@ class C4Corpus(Corpus):
         return 0
 
     def pieces(self) -> Iterator[Piece]:
+        return self._pieces(self._stream(_SHUFFLE_SEED), self._max_documents)
+
+    def part(self, seed: int, process_index: int, num_processes: int, num_workers: int) -> Iterator[Piece]:
+        """The documents of one reader in the shuffle of `seed`; those of all readers are disjoint and together all.
+
+        Each process has `num_workers` readers (DataLoader's); `datasets` sees in which of them it runs.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        stream = split_dataset_by_node(self._stream(seed), rank=process_index, world_size=num_processes)
+        return self._pieces(stream, -(-self._max_documents // (num_processes * num_workers)))
+
+    def _pieces(self, stream: Iterable[dict], max_documents: int) -> Iterator[Piece]:
         place = Path(f"{self._data.dataset}/{self._data.subset}/{self.name}")
-        for number, record in enumerate(self._records(), start=1):
+        for number, record in enumerate(self._records(stream), start=1):
             text = record.get(self._data.text_field)
             if not isinstance(text, str):
                 raise DataError(
@@ -56,11 +69,10 @@ class C4Corpus(Corpus):
                     f" {', '.join(record)}: set data.text_field to one of them"
                 )
             yield from document_pieces(text, 0, place, number)
-            if number == self._max_documents:
+            if number == max_documents:
                 return
 
-    def _records(self) -> Iterator[dict]:
-        stream = self._stream()
+    def _records(self, stream: Iterable[dict]) -> Iterator[dict]:
         number = 0
         try:
             for record in stream:
@@ -76,7 +88,7 @@ class C4Corpus(Corpus):
         assert self._folder is not None
         return sorted((self._folder / self._data.subset).glob(f"c4-{self.name}.*.json.gz"))
 
-    def _stream(self):
+    def _stream(self, seed: int):
         import datasets
 
         if self._folder is not None:
@@ -88,7 +100,7 @@ class C4Corpus(Corpus):
         else:
             require_hub_for_c4(self._data.dataset)
             stream = datasets.load_dataset(self._data.dataset, self._data.subset, split=self.name, streaming=True)
-        return stream.shuffle(seed=_SHUFFLE_SEED)
+        return stream.shuffle(seed=seed)
 
 
 def open_c4(data: C4DataConfig) -> Sources:

@@ -9,11 +9,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lost.data.rows import Batch, Mixture
+from lost.data.stream import StreamBatches, TokenStream
 from lost.utils.errors import ConfigError
 
 
 def train_batches(
-    train: Mixture,
+    train: Mixture | TokenStream,
     *,
     seed: int,
     first_step: int,
@@ -29,10 +30,11 @@ def train_batches(
     Step s reads places [(s - 1) * G, s * G) of the endless order; micro-step m of process p reads the
     `micro_batch_size` places from (s - 1) * G + (m * num_processes + p) * micro_batch_size. So several processes
     together read what one process with as many times larger micro-batches reads, and a resumed run needs the step only.
+    A TokenStream is read as it comes instead: each process its own part, from the beginning of a shuffle of the step's.
 
     Args:
         first_step: the first step wanted, 1-based.
-        num_workers: processes that read ahead; the batches are the same at any number.
+        num_workers: processes that read ahead; the batches are the same at any number (but those of a TokenStream).
         pin_memory: page-locked tensors, for non-blocking copies to a GPU.
     Raises:
         ConfigError: global_batch_size is no multiple of micro_batch_size x num_processes.
@@ -43,10 +45,23 @@ def train_batches(
             f" {micro_batch_size} x {num_processes}: choose sizes that are"
         )
     num_micro_steps = global_batch_size // (micro_batch_size * num_processes)
+    if isinstance(train, TokenStream):
+        dataset = StreamBatches(
+            train,
+            seed=seed,
+            first_step=first_step,
+            micro_batch_size=micro_batch_size,
+            process_index=process_index,
+            num_processes=num_processes,
+        )
+        sampler = None
+    else:
+        dataset = _MicroBatches(train, seed, micro_batch_size, process_index, num_processes)
+        sampler = _From((first_step - 1) * num_micro_steps)
     loader = DataLoader(
-        _MicroBatches(train, seed, micro_batch_size, process_index, num_processes),
+        dataset,
         batch_size=None,
-        sampler=_From((first_step - 1) * num_micro_steps),
+        sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
         # Its own generator: the default one would draw from torch's global random numbers at every start.

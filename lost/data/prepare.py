@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lost.config.schema import DataConfig
+from lost.config.schema import C4DataConfig, DataConfig
 from lost.data.cache import key_of, made_once
 from lost.data.corpus_rows import CorpusRows, is_held_out
 from lost.data.encoding import processes_to_use, tokenizer_threads
 from lost.data.files import hash_key
+from lost.data.hub import C4Corpus
 from lost.data.report import PrepareReport, Progress, ProgressCallable, SetReport
 from lost.data.rows import Mixture, TokenRows
 from lost.data.shards import MANIFEST_NAME, verify
 from lost.data.sources import Corpus, open_sources
+from lost.data.stream import TokenStream
 from lost.data.tokenizer import Encoder, check_vocabulary, load_tokenizer, sample_bytes, train_tokenizer
 from lost.utils.errors import DataError
 from lost.utils.files import cache_folder
@@ -30,14 +32,14 @@ class Prepared:
     """Rows to train and validate on.
 
     Args:
-        train: the rows to train on.
+        train: the rows to train on, or with data.streaming the stream that they come from.
         validation: row sets by name.
         tokenizer: a transformers tokenizer with EOS and padding.
         fingerprint: hash of the rows and weights; a resumed run must have the same.
         report: what was found and made.
     """
 
-    train: Mixture
+    train: Mixture | TokenStream
     validation: dict[str, TokenRows]
     tokenizer: Any
     fingerprint: str
@@ -76,6 +78,10 @@ def prepare(
     elif tokenizer is None:
         tokenizer = load_tokenizer(str(maker.trained_tokenizer()))
     maker.use(tokenizer)
+    if isinstance(data, C4DataConfig) and data.streaming:
+        validation = maker.validation_sets()
+        stream = maker.stream()
+        return Prepared(stream, validation, tokenizer, _stream_fingerprint(stream, validation), maker.finished_report())
     train, validation = maker.train_sets()
     validation |= maker.validation_sets()
     mixture = Mixture(train, maker.sources.weights)
@@ -106,6 +112,17 @@ def _fingerprint(train: Mixture, validation: dict[str, TokenRows]) -> str:
         [train.seq_len, train.sets[0].isolate_documents],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _stream_fingerprint(train: TokenStream, validation: dict[str, TokenRows]) -> str:
+    """Of what decides the rows of a stream: they themselves are not known."""
+    facts = {name: rows.meta["sha256"] for name, rows in validation.items()}
+    return key_of(
+        corpus=train.corpus.content_hash,
+        tokenizer=train.encoder.fingerprint,
+        rows=[train.row_maker, train.seq_len],
+        validation=facts,
+    )
 
 
 class _Maker:
@@ -196,6 +213,12 @@ class _Maker:
                 name = corpus.name if is_mixture else "validation"
                 held_out[name] = self._open(folder / "validation", name)
         return train, held_out
+
+    def stream(self) -> TokenStream:
+        """The training corpus as it comes."""
+        (corpus,) = self.sources.train
+        assert isinstance(corpus, C4Corpus), corpus
+        return TokenStream(corpus, self.encoder, self.data.row_maker, self.seq_len, self.vocab_size)
 
     def validation_sets(self) -> dict[str, TokenRows]:
         """The row sets of the validation corpora, by name."""

@@ -143,6 +143,10 @@ class Mixture:
         self.num_tokens = sum(rows.num_tokens for rows in sets)
         self._ends = np.cumsum([len(rows) for rows in sets])
 
+    def describe(self) -> str:
+        """What there is to train on, in words."""
+        return f"{self.num_tokens:,} tokens to train on"
+
     def __len__(self) -> int:
         """Rows of an epoch."""
         return int(self._ends[-1])

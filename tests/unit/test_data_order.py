@@ -1,5 +1,7 @@
 """The order of rows is a bijection in every epoch, and mixtures keep their shares."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -112,3 +114,76 @@ def test_each_set_of_a_mixture_goes_through_all_its_rows_before_any_comes_again(
         assert len(walked) > 1.5 * size or k == 0
         for start in range(0, len(walked) - size + 1, size):
             assert sorted(walked[start : start + size].tolist()) == list(range(size))
+
+
+def _inverse(order, row, epoch):
+    """The place of a row in its epoch: the Feistel rounds backwards, in whole numbers."""
+    mask = (1 << 64) - 1
+
+    def mix(value):
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & mask
+        value = (value ^ value >> 27) * 0x94D049BB133111EB & mask
+        return value ^ value >> 31
+
+    half_bits = next(bits for bits in range(1, 64) if 4**bits >= order.num_rows)
+    key = mix((int(order._seed) + epoch * 0x9E3779B97F4A7C15) & mask)
+    while True:
+        left, right = row >> half_bits, row & ((1 << half_bits) - 1)
+        for turn in reversed(range(6)):
+            left, right = right ^ (mix((left + mix((key + turn + 1) & mask)) & mask) & ((1 << half_bits) - 1)), left
+        row = left << half_bits | right
+        if row < order.num_rows:
+            return row
+
+
+# C4 in rows of 256 tokens is 610 million rows.
+@pytest.mark.parametrize("num_rows", [1_000_000_000, 610_000_000])
+def test_a_million_places_of_a_billion_rows_need_no_permutation(num_rows):
+    """A bijection on samples (no row twice; the inverse finds the place), in less memory than 50 MB."""
+    order = RowOrder(num_rows, seed=11)
+    epoch = 5
+    # Spread over the epoch, its first and its last place among them; beyond int32 as positions.
+    indices = np.linspace(0, num_rows - 1, 1_000_000).astype(np.int64)
+    assert len(np.unique(indices)) == 1_000_000
+    tracemalloc.start()
+    try:
+        rows = np.empty(1_000_000, dtype=np.int64)
+        for start in range(0, 1_000_000, 65_536):
+            rows[start : start + 65_536] = order.rows(epoch * num_rows + indices[start : start + 65_536])
+        peak = tracemalloc.get_traced_memory()[1]
+        # What a permutation would need does show up in this measure.
+        np.empty(num_rows // 8, dtype=np.int64)
+        assert tracemalloc.get_traced_memory()[1] > 50e6
+    finally:
+        tracemalloc.stop()
+    assert peak < 50e6
+    assert rows.min() >= 0
+    assert rows.max() < num_rows
+    assert len(np.unique(rows)) == 1_000_000
+    for k in (0, 1, 77_777, 500_000, 999_999, *range(0, 1_000_000, 7_919)):
+        assert _inverse(order, int(rows[k]), epoch) == indices[k]
+
+
+def test_a_mixture_of_a_billion_rows_stays_exact():
+    """Shares, range and no row twice, where products of row counts exceed 2^59; against whole numbers of any size."""
+    sizes, weights = [600_000_000, 399_999_999, 1], [0.5, 0.3, 0.2]
+    order = MixtureOrder(sizes, weights, seed=2)
+    total = sum(sizes)
+    assert [abs(quota - total * weight) < 1 for quota, weight in zip(order.quotas, weights, strict=True)] == [True] * 3
+    indices = np.linspace(0, total - 1, 20_000).astype(np.int64)
+    ids = order.rows(7 * total + indices)
+    which = np.searchsorted(np.cumsum(sizes), ids, side="right")
+    for k, (index, row) in enumerate(zip(indices.tolist(), ids.tolist(), strict=True)):
+        left, left_total = index, total
+        for part, quota in enumerate(order.quotas):
+            before = left * quota // left_total
+            if (left + 1) * quota // left_total > before:
+                assert which[k] == part
+                if k % 500 == 0:
+                    assert row == sum(sizes[:part]) + order._orders[part].row(7 * quota + before)
+                break
+            left, left_total = left - before, left_total - quota
+        else:
+            raise AssertionError(f"place {index} belongs to no set")
+    of_first = ids[which == 0]
+    assert len(np.unique(of_first)) == len(of_first)
