@@ -35,7 +35,7 @@ from lost.data.progress import PreparationBar
 from lost.export import save_final
 from lost.model.build import materialise
 from lost.model.split import Processes
-from lost.train.engine import Engine
+from lost.train.engine import build_engine
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.profile import StepProfiler
 from lost.train.runtime import Runtime, start_runtime
@@ -86,7 +86,7 @@ def carry_out(start: Start, runtime: Runtime, stack: ExitStack) -> int:
     prepared = prepare_data(start, runtime)
     facts = check_checkpoint(checkpoint, config, prepared, runtime) if checkpoint else {}
     model = start.make_meta_model(runtime.param_dtype, prepared.tokenizer)
-    engine = Engine(model, config.runtime, config.optimizer, runtime, fill_with(start, runtime, checkpoint))
+    engine = build_engine(model, config.runtime, config.optimizer, runtime, fill_with(start, runtime, checkpoint))
     state = restore(checkpoint, facts, engine, runtime) if checkpoint else TrainState()
     with status_of_failures(run_dir, runtime, state), watching(config, runtime, state) as watch:
         if runtime.is_main:

@@ -125,6 +125,15 @@ def process_problems(runtime: RuntimeConfig) -> list[str]:
     return []
 
 
+def zero_problems(runtime: RuntimeConfig) -> list[str]:
+    if not runtime.name.startswith("zero") or runtime.precision != "pure_bf16":
+        return []
+    return [
+        f"runtime.precision = pure_bf16 with runtime={runtime.name}: DeepSpeed keeps float32 weights beside those that it"
+        " multiplies; use runtime.precision=bf16, or runtime=fsdp2 or ddp"
+    ]
+
+
 def profile_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[str]:
     needed = runtime.profile_steps + PROFILER_LEAD_STEPS
     if not runtime.profile_steps or needed <= train.num_steps:
@@ -280,7 +289,7 @@ PREPARE_RULES: tuple[Rule, ...] = (
     pretrain_evaluation_problems,
 )
 RULES: dict[str, tuple[Rule, ...]] = {
-    "pretrain": (*PREPARE_RULES, process_problems),
+    "pretrain": (*PREPARE_RULES, process_problems, zero_problems),
     "prepare": PREPARE_RULES,
     "evaluate": (
         needed_source_problems,

@@ -1,5 +1,6 @@
 """What trains: a model as its runtime wraps it, with its optimizer. The training loop knows nothing else of either."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -16,24 +17,114 @@ from lost.utils.tensors import whole_of
 
 # Gives a model without values (on the meta device, maybe sharded) its memory and its values.
 Fill = Callable[[nn.Module], None]
+# Fills tensors, whole or sharded, in place with what a checkpoint has under their names.
+Read = Callable[[Mapping[str, torch.Tensor]], None]
 
 
-class Engine:
-    """Model and optimizer of the runtimes single, ddp and fsdp2.
+class Engine(ABC):
+    """A model and its optimizer, wrapped for training.
 
     Attributes:
-        model: the model under its own parameter names; with fsdp2 its parameters are sharded (DTensor).
+        model: the model under its own parameter names; a runtime that shards it keeps shards in them.
         wrapped: what the forward of training goes through.
     """
+
+    runtime: Runtime
+    model: nn.Module
+    wrapped: nn.Module
+
+    @abstractmethod
+    def set_learning_rate(self, learning_rate: float) -> None: ...
+
+    @abstractmethod
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager:
+        """Context of forward and backward of one micro-step; `is_last`: the update follows."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of `loss`, averaged over the processes."""
+
+    @abstractmethod
+    def group_norms(self) -> dict[str, float]:
+        """'weight_norm/<group>' and 'grad_norm/<group>'."""
+
+    @abstractmethod
+    def clip_gradients(self, max_grad_norm: float) -> float:
+        """Scales all gradients to a global L2 norm of at most max_grad_norm (0 = never); the norm before."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Updates the weights."""
+
+    @abstractmethod
+    def zero_grad(self) -> None:
+        """Drops the gradients. Without a `step` before it, weights and optimizer state stay as they were."""
+
+    @abstractmethod
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by name; sharded ones as DTensors. Called on every process."""
+
+    @abstractmethod
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Optimizer state by '<parameter name>/<state key>', sharded like the model's. Called on every process."""
+
+    @abstractmethod
+    def load_model(self, read: Read) -> None:
+        """Parameters and persistent buffers from a checkpoint, into a model that is being trained.
+
+        Args:
+            read: fills tensors in place.
+        """
+
+    @abstractmethod
+    def load_optimizer(self, read: Read, names: set[str]) -> None:
+        """Optimizer state from a checkpoint.
+
+        Args:
+            read: fills tensors in place.
+            names: '<parameter name>/<state key>' of all that the checkpoint has.
+        Raises:
+            CheckpointError: state for a parameter that the model does not have.
+        """
+
+    def whole_tensors(self) -> dict[str, torch.Tensor]:
+        """`model_tensors` gathered on process 0's CPU, one at a time; empty on the others. Called on every process."""
+        whole = {}
+        for name, tensor in self.model_tensors().items():
+            full = whole_of(tensor)
+            if self.runtime.is_main:
+                whole[name] = full.cpu()
+        return whole
+
+
+def build_engine(
+    model: nn.Module, config: RuntimeConfig, optimizer: OptimizerConfig, runtime: Runtime, fill: Fill
+) -> Engine:
+    """The engine of the runtime.
+
+    Args:
+        model: on the meta device, unless `fill` leaves it as it is.
+        fill: called once, when the model is sharded if the runtime shards it.
+    """
+    set_recompute(model, config.recompute)
+    if config.compile:
+        for block in blocks(model):
+            block.compile()
+    if runtime.zero_stage:
+        # DeepSpeed takes seconds to import.
+        from lost.train.zero import ZeroEngine
+
+        return ZeroEngine(model, optimizer, runtime, fill)
+    return TorchEngine(model, config, optimizer, runtime, fill)
+
+
+class TorchEngine(Engine):
+    """The runtimes single, ddp and fsdp2, which shards parameters as DTensors."""
 
     def __init__(
         self, model: nn.Module, config: RuntimeConfig, optimizer: OptimizerConfig, runtime: Runtime, fill: Fill
     ):
         self.runtime = runtime
-        set_recompute(model, config.recompute)
-        if config.compile:
-            for block in blocks(model):
-                block.compile()
         if runtime.name == "fsdp2":
             shard_model(model, runtime, config.replicas)
         fill(model)
@@ -47,23 +138,18 @@ class Engine:
             group["lr"] = learning_rate
 
     def accumulating(self, *, is_last: bool) -> AbstractContextManager:
-        """Context of one micro-step: ddp exchanges gradients in the last one only.
-
-        fsdp2 exchanges them in each: whole gradients would need the memory that sharding saves.
-        """
+        # ddp exchanges gradients in the last micro-step only; fsdp2 in each, since whole gradients would need the
+        # memory that sharding saves.
         is_exchanged = is_last or self.runtime.name != "ddp"
         return nullcontext() if is_exchanged else self.runtime.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of `loss`, averaged over the processes."""
         loss.backward()
 
     def group_norms(self) -> dict[str, float]:
-        """'weight_norm/<group>' and 'grad_norm/<group>'."""
         return group_norms(self.model, self.runtime)
 
     def clip_gradients(self, max_grad_norm: float) -> float:
-        """Scales all gradients to a global L2 norm of at most max_grad_norm (0 = never); the norm before."""
         return clip_gradients(self.model, max_grad_norm, self.runtime).item()
 
     def step(self) -> None:
@@ -73,31 +159,15 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers by name; sharded ones as DTensors."""
         return self.model.state_dict()
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Optimizer state by '<parameter name>/<state key>', sharded like the parameters."""
         return optimizer_tensors(self.model, self.optimizer)
 
-    def load_optimizer(self, read: Callable[[Mapping[str, torch.Tensor]], None], names: set[str]) -> None:
-        """Optimizer state from a checkpoint.
+    def load_model(self, read: Read) -> None:
+        read(self.model.state_dict())
 
-        Args:
-            read: fills tensors in place.
-            names: '<parameter name>/<state key>' of all that the checkpoint has.
-        Raises:
-            CheckpointError: state for a parameter that the model does not have.
-        """
+    def load_optimizer(self, read: Read, names: set[str]) -> None:
         tensors = empty_optimizer_tensors(self.model, names)
         read(tensors)
         load_optimizer_tensors(self.model, self.optimizer, tensors)
-
-    def whole_tensors(self) -> dict[str, torch.Tensor]:
-        """`model_tensors` gathered on process 0's CPU, one at a time; empty on the others. Called on every process."""
-        whole = {}
-        for name, tensor in self.model_tensors().items():
-            full = whole_of(tensor)
-            if self.runtime.is_main:
-                whole[name] = full.cpu()
-        return whole

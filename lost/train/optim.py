@@ -14,8 +14,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     assert isinstance(config, AdamWConfig), config
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(shape_of(p)) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -24,6 +24,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
         eps=config.epsilon,
         fused=has_fused_adamw(device),
     )
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter; DeepSpeed leaves an empty tensor in the place of one that it has sharded."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def has_fused_adamw(device: torch.device) -> bool:

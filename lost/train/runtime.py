@@ -58,6 +58,11 @@ class Runtime:
         return self.accelerator.is_main_process
 
     @property
+    def zero_stage(self) -> int:
+        """What DeepSpeed shards: 1: optimizer state, 2: gradients too, 3: parameters too; 0: DeepSpeed is not used."""
+        return int(self.name.removeprefix("zero")) if self.name.startswith("zero") else 0
+
+    @property
     def param_dtype(self) -> torch.dtype:
         """dtype of weights, gradients and optimizer state."""
         return torch.bfloat16 if self.precision == "pure_bf16" else torch.float32
@@ -138,24 +143,32 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
     if config.name == "single" and launched > 1:
         raise ConfigError(f"runtime = single, but {launched} processes were launched: use runtime=ddp, fsdp2 or auto")
     device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
     if device.type == "cpu":
         # accelerate looks at DeepSpeed while saving; told where it is, DeepSpeed does not warn about a missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if launched > 1 or name == "fsdp2":
+    is_zero = name.startswith("zero")
+    if launched > 1 or name == "fsdp2" or is_zero:
         join_processes(device, launched, timedelta(seconds=config.timeout_seconds))
-    # Autocast is ours (accelerate's would copy all logits to float32), so accelerate is told "no".
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=device.type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    if is_zero:
+        # DeepSpeed takes seconds to import.
+        from lost.train.zero_setup import zero_accelerator
+
+        accelerator = zero_accelerator(name, precision, device)
+    else:
+        # Autocast is ours (accelerate's would copy all logits to float32), so accelerate is told "no".
+        accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=device.type == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
     # After accelerate, which sets its own number on a CPU.
     set_num_threads(config)
     checkpoint_group = None
     if launched > 1:
         checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_seconds))
         assert isinstance(checkpoint_group, dist.ProcessGroup)
-    return Runtime(accelerator, pick_precision(config.precision, device), name, checkpoint_group)
+    return Runtime(accelerator, precision, name, checkpoint_group)
 
 
 def join_processes(device: torch.device, launched: int, timeout: timedelta) -> None:

@@ -19,7 +19,7 @@ from lost.config.schema import (
     TrainConfig,
     TrainEvaluationConfig,
 )
-from lost.train.engine import Engine
+from lost.train.engine import build_engine
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.profile import StepProfiler
 from lost.train.runtime import start_runtime
@@ -78,7 +78,7 @@ def make_run(tmp_path, batches, model=None, *, max_steps=4, max_skipped_steps=3,
     return Run(
         config=config,
         runtime=runtime,
-        engine=Engine(model, RuntimeConfig(device="cpu"), config.optimizer, runtime, fill=lambda _: None),
+        engine=build_engine(model, RuntimeConfig(device="cpu"), config.optimizer, runtime, fill=lambda _: None),
         batches=iter(batches),
         metrics=MetricsLogger(tmp_path, config.logging),
         progress=Progress(max_steps, is_main=False),
