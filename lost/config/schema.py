@@ -234,7 +234,9 @@ class DataConfig(Section):
         is_fixed_on_resume=True,
     )
     cache_dir: str = setting("folder of prepared rows and tokenizers; empty: the user's cache folder", "")
-    num_processes: int = setting("processes that tokenise while rows are made; 0: one a core", 0, at_least=0)
+    num_processes: int = setting(
+        "processes that tokenise while rows are made; 0: one a core, 16 at most", 0, at_least=0
+    )
     num_workers: int = setting("processes that read rows ahead of the training loop", 0, at_least=0)
 
     def cross_rules(self) -> list[CrossRule]:

@@ -20,8 +20,8 @@ from lost.data.files import Piece
 from lost.data.tokenizer import Encoder
 from lost.utils.errors import InterruptedDataError
 
-# One process reads and writes for this many at most (it does about 40 times the work of one that tokenises).
-_MAX_PROCESSES = 32
+# One process reads and writes for this many at most (it gets through about 20 times as much as one that tokenises).
+_MAX_PROCESSES = 16
 # Batches of a process that are under way: one in work, one waiting.
 _BATCHES_AHEAD = 2
 

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import time
 
 import pytest
 from rich.console import Console
@@ -20,6 +22,7 @@ def test_prepare_reports_what_it_did_and_then_finds_it(tmp_path, monkeypatch, ca
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     arguments = ["prepare", "data=text_files", f"data.train_files=[{tmp_path}/a.jsonl]", "data.row_maker=padded"]
     arguments += ["data.text_field=body", "data.validation_fraction=0.1", "train.seq_len=16"]
+    arguments += ["data.num_processes=2"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "train: " in out
@@ -27,9 +30,15 @@ def test_prepare_reports_what_it_did_and_then_finds_it(tmp_path, monkeypatch, ca
     assert "1 empty documents" in out
     assert "documents longer than a row" in out
     assert f"rows in {tmp_path}/cache/rows/" in out
-    assert "MB/s" in out
+    assert re.search(r"took [\d.]+ s on 2 processes \(.* s tokenizer, .* s rows\): [\d.]+ MB/s, [\d,]+ tokens/s", out)
     assert main(arguments) == 0
-    assert "everything was in the cache" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "everything was in the cache" in again
+    assert "checksums compared: " in again
+    tokens = next((tmp_path / "cache" / "rows").rglob("tokens_00000.bin"))
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    assert main(arguments) == 2
+    assert f"{tokens}: prepared rows are damaged: expected sha256" in capsys.readouterr().err
 
 
 def test_a_mistake_exits_2_with_one_message(tmp_path, monkeypatch, capsys):
@@ -46,11 +55,16 @@ def test_progress_is_a_bar_or_lines(is_terminal):
     console = Console(file=out, force_terminal=is_terminal, width=120)
     with PreparationBar(every_seconds=0.0, console=console) as bar:
         bar.show(Progress("tokenizer", "books", 3, 0, 2_000_000, 100, 400))
+        # 1.5 MB and 1 M tokens were in finished shards.
+        bar.show(Progress("rows", "books", 200, 1_000_000, 1_500_000, 0, 400))
+        time.sleep(0.1)
         bar.show(Progress("rows", "books", 1234, 5_000_000, 9_000_000, 300, 400))
     text = out.getvalue()
     assert "tokenising books" in text
     assert "1,234 documents" in text
-    assert "5.00 M tokens" in text
+    assert "5.00 M tokens at " in text
+    rates = [float(rate) for rate in re.findall(r"9.0 MB at ([\d.]+) MB/s", text)]
+    assert 0 < rates[-1] <= 75
     assert ("75 %" in text) != is_terminal
     out.truncate(0)
     PreparationBar(is_main=False, every_seconds=0.0, console=console).show(Progress("rows", "b", 1, 1, 1, 1, 1))
