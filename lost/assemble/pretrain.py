@@ -1,7 +1,8 @@
 """Builds a pre-training run from its config and carries it out: config -> data -> model -> train -> final."""
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from lost.accounting import flops_per_token
 from lost.assemble.facts import card_facts
 from lost.assemble.resume import by_main, check_checkpoint, find_checkpoint, is_finished, restore, stored_config
+from lost.assemble.rollback import go_back_with
 from lost.assemble.sample import sample_text
 from lost.assemble.source import Start, start_as_stored, start_of
 from lost.assemble.summary import print_start, print_summary
@@ -35,6 +37,7 @@ from lost.data.progress import PreparationBar
 from lost.export import save_final
 from lost.model.build import materialise
 from lost.model.split import Processes
+from lost.train.divergence import data_step
 from lost.train.engine import build_engine
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.profile import StepProfiler
@@ -96,8 +99,7 @@ def carry_out(start: Start, runtime: Runtime, stack: ExitStack) -> int:
         metrics = MetricsLogger(run_dir, config.logging, runtime.is_main, to_dict(config))
         stack.callback(metrics.close)
         batches = batches_of(config, prepared, runtime, state)
-        # Ends the reading processes, which no longer listen to signals.
-        stack.callback(batches.close)
+        stack.callback(lambda: end_batches(run))
         run = Run(
             config=config,
             runtime=runtime,
@@ -145,6 +147,10 @@ def train(
             watch.touch()
         return evaluation_line(run, prepared)
 
+    def restart_batches(state: TrainState) -> None:
+        end_batches(run)
+        run.batches = batches_of(run.config, prepared, run.runtime, state)
+
     try:
         reached_the_end = fit(
             run,
@@ -152,10 +158,15 @@ def train(
             evaluate=evaluate,
             save=save_with(run, prepared, manager),
             save_final=lambda: save_final_model(run, start, state, prepared),
+            go_back=go_back_with(run, prepared, manager, restart_batches),
         )
         manager.finish()
-    except LostError as error:
-        raise TrainingError(str(error)) from error
+    except Exception as error:
+        # Its files are gone or whole then: on a full disk there is room again to say why the run ended.
+        manager.settle()
+        if isinstance(error, LostError):
+            raise TrainingError(str(error)) from error
+        raise
     return reached_the_end
 
 
@@ -277,18 +288,38 @@ def prepare_data(start: Start, runtime: Runtime) -> Prepared:
 def batches_of(
     config: PretrainConfig, prepared: Prepared, runtime: Runtime, state: TrainState
 ) -> Generator[list[Batch], None, None]:
-    """This process's micro-batches from the next step on."""
-    return train_batches(
-        prepared.train,
-        seed=config.seed,
-        first_step=state.step + 1,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        process_index=runtime.process_index,
-        num_processes=runtime.num_processes,
-        num_workers=config.data.num_workers,
-        pin_memory=runtime.device.type == "cuda",
-    )
+    """This process's micro-batches from the next step on, without the steps of the order that roll-backs left out."""
+    # Read now: `state` goes on before the first batch is asked for.
+    return batches_between(config, prepared, runtime, data_step(state.step + 1, state.left_out), state.left_out)
+
+
+def batches_between(
+    config: PretrainConfig, prepared: Prepared, runtime: Runtime, step: int, left_out: list[list[int]]
+) -> Generator[list[Batch], None, None]:
+    """Micro-batches of the undisturbed order from `step` on, without the steps `left_out`."""
+    while True:
+        gap = next(((first, last) for first, last in left_out if first > step), None)
+        batches = train_batches(
+            prepared.train,
+            seed=config.seed,
+            first_step=step,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            process_index=runtime.process_index,
+            num_processes=runtime.num_processes,
+            num_workers=config.data.num_workers,
+            pin_memory=runtime.device.type == "cuda",
+        )
+        with closing(batches):
+            yield from islice(batches, gap[0] - step if gap else None)
+        assert gap, "batches end at a gap only"
+        step = gap[1] + 1
+
+
+def end_batches(run: Run) -> None:
+    """Ends the reading processes, which do not listen to signals."""
+    assert isinstance(run.batches, Generator)
+    run.batches.close()
 
 
 def open_run_dir(

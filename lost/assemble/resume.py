@@ -23,7 +23,13 @@ Result = TypeVar("Result")
 # Settings that do not change what a finished run came to.
 WITHOUT_EFFECT_ON_RESULTS = (
     *("logging.", "checkpoint.", "runtime.", "run_dir", "data.cache_dir", "data.num_workers", "data.num_processes"),
-    *("train.micro_batch_size", "train.max_hours", "train.max_skipped_steps", "evaluation.micro_batch_size"),
+    *(
+        "train.micro_batch_size",
+        "train.max_hours",
+        "train.max_skipped_steps",
+        "train.max_rollbacks",
+        "evaluation.micro_batch_size",
+    ),
 )
 
 

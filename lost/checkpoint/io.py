@@ -10,6 +10,9 @@ from typing import Any
 from lost.utils.errors import CheckpointError
 from lost.utils.files import flush
 
+# The manifest of ten thousand files takes 2 MB.
+MAX_JSON_BYTES = 2**26
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file and flushes it to the disk."""
@@ -31,9 +34,13 @@ def read_json(path: Path) -> Any:
     """The value of a JSON file.
 
     Raises:
-        CheckpointError: the file cannot be read or is not JSON.
+        CheckpointError: the file cannot be read, is not JSON, or is far larger than any that we write.
     """
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} is too large: {path.stat().st_size} bytes, at most {MAX_JSON_BYTES} are read"
+            )
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error

@@ -82,6 +82,13 @@ class CheckpointManager:
         if pending is not None:
             pending.result()
 
+    def settle(self) -> None:
+        """Waits for a save in the background whatever becomes of it: call before leaving because of another failure."""
+        try:
+            self.finish()
+        except (CheckpointError, OSError, RuntimeError) as error:
+            logger.warning("the checkpoint being written was given up as well: %s", error)
+
     def load(self, path: str | Path, *, is_verified: bool = False) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Tensors (whole, on the CPU, by group and name) and facts of a checkpoint, verified first.
 
@@ -98,9 +105,12 @@ class CheckpointManager:
         }
         return tensors, read_json(path / FACTS_NAME)
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint that is complete and undamaged; damaged ones above it are named in a warning."""
+    def latest(self, before_step: int | None = None) -> Path | None:
+        """The newest checkpoint (of a step before `before_step`) that is complete and undamaged; damaged ones above it
+        are named in a warning."""
         for path in reversed(self.complete()):
+            if before_step is not None and step_of(path) >= before_step:
+                continue
             try:
                 self._verify(path)
             except CheckpointError as error:

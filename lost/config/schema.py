@@ -373,8 +373,8 @@ class TrainConfig(Section):
         if self.loss_spike_factor == 0 or self.loss_spike_factor > 1:
             return []
         return [
-            f"loss_spike_factor = {self.loss_spike_factor:g} would skip losses below the median of the last ones: give a"
-            " number above 1, for instance train.loss_spike_factor=2, or 0 for off"
+            f"loss_spike_factor = {self.loss_spike_factor:g} would skip losses below the median of the last ones: give"
+            " a number above 1, for instance train.loss_spike_factor=2, or 0 for off"
         ]
 
     def _length_problems(self) -> list[str]:

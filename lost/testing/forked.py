@@ -7,13 +7,12 @@ variables; nobody ends the other processes when one dies, so a test sees what ea
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lost.testing.processes import PRELOADED
 
@@ -54,7 +53,12 @@ class Forked:
         return " ".join(self._outputs[index].read_text().split()) if self._outputs[index].exists() else ""
 
     def send(self, index: int, number: signal.Signals) -> None:
-        os.kill(self.processes[index].pid, number)
+        if self.processes[index].exitcode is None:
+            os.kill(self.processes[index].pid, number)
+
+    def is_running(self) -> bool:
+        """Whether every process still is."""
+        return all(process.exitcode is None for process in self.processes)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         """Returns as soon as the condition holds; fails if a process ends before."""
@@ -94,7 +98,7 @@ def _run(arguments: list[str], index: int, count: int, port: int, output: Path) 
         names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         os.environ |= {name: str(value) for name, value in names.items()}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOSTNAME": socket.gethostname()}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     import torch
 
     from lost.cli.main import main

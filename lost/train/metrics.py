@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, wandb, a progress bar on a terminal or plain lines in a log file."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,8 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from lost.checkpoint import truncate_metrics
+from lost.checkpoint.io import space_left
 from lost.config.schema import LoggingConfig
 from lost.train.wandb_run import WandbRun, start_wandb
+from lost.utils.errors import TrainingError
 from lost.utils.logging import console as shared_console
 
 METRICS_NAME = "metrics.jsonl"
@@ -53,14 +57,21 @@ class MetricsLogger:
 
         Args:
             line: plain values by name; must have `step`. A number that is not finite is written as null.
+        Raises:
+            TrainingError: the disk is full or gone.
         """
         if self._file is None:
             return
         assert isinstance(line.get("step"), int), line
         values = {key: _finite_or_none(value) for key, value in line.items()}
         # One write a line: a kill can tear the last line but never mix two.
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self._file.name} could not be written: {error}. {space_left(Path(self._file.name))}"
+            ) from error
         if self._wandb is not None:
             self._wandb.log(values)
 
@@ -70,10 +81,22 @@ class MetricsLogger:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def go_back_to(self, step: int) -> None:
+        """Removes the lines after `step`, whose steps are trained again. wandb keeps its own and takes no others until
+        the run has passed them."""
+        if self._file is None:
+            return
+        path = Path(self._file.name)
+        self._file.close()
+        truncate_metrics(path, step)
+        self._file = path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Closes the file and ends the wandb run; safe to call twice."""
         if self._file is not None:
-            self._file.close()
+            # A line that a full disk did not take was reported when it was written.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
         if self._wandb is not None:
             self._wandb.finish()

@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from lost.train.divergence import WINDOW_STEPS
 from lost.train.engine import Engine
 from lost.train.runtime import Runtime
 
@@ -17,13 +18,16 @@ NamedTensors = dict[str, dict[str, torch.Tensor]]
 
 @dataclass
 class TrainState:
-    """Counters. The row order is a function of the step, so `step` is the data position too.
+    """Counters. The row order is a function of the step and what is left out, so these are the data position too.
 
     Attributes:
         step: optimizer steps done, skipped ones included.
         tokens_seen: label tokens trained on, padding left out, over all processes.
         owes_evaluation: the run was asked to stop at a step that is evaluated, and has not done that yet.
-        skipped_steps: steps whose loss or gradient was not finite, in all and since the last good one.
+        skipped_steps: steps whose update was left out, in all and since the last good one.
+        recent_losses: of the last good steps, oldest first.
+        num_rollbacks: how often the run went back to a checkpoint.
+        left_out: ranges [first, last] of steps of the undisturbed row order whose rows roll-backs leave out.
     """
 
     step: int = 0
@@ -31,9 +35,14 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     owes_evaluation: bool = False
+    recent_losses: list[float] = field(default_factory=list)
+    num_rollbacks: int = 0
+    left_out: list[list[int]] = field(default_factory=list)
 
-    def record(self, num_tokens: int, is_skipped: bool) -> None:
+    def record(self, num_tokens: int, loss: float, is_skipped: bool) -> None:
         self.tokens_seen += num_tokens
+        if not is_skipped:
+            self.recent_losses = [*self.recent_losses, loss][-WINDOW_STEPS:]
         self.skipped_steps += is_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
 

@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from lost.config.schema import PretrainConfig
+from lost.train.divergence import StepFacts, diagnosis, fault_of, loss_limit
 from lost.train.engine import Engine
 from lost.train.loss import token_loss_sum
 from lost.train.metrics import MetricsLogger, Progress
@@ -24,6 +26,10 @@ Batch = dict[str, torch.Tensor]
 Evaluate = Callable[[], dict[str, float | int | str]]
 # Saves everything of the run at this state; called on every process.
 SaveCheckpoint = Callable[[TrainState], None]
+# Puts the run back before its bad steps, or raises TrainingError; called on every process.
+GoBack = Callable[[TrainState], None]
+# Steps that a diagnosis shows.
+NUM_STEPS_KEPT = 20
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Run:
         batches: for each step from state.step + 1 on, this process's micro-batches.
         flops_per_token: forward and backward, for MFU.
         peak_flops: of one device, FLOP/s.
+        last_steps: what the last steps of this process came to, for a diagnosis.
     """
 
     config: PretrainConfig
@@ -47,6 +54,7 @@ class Run:
     profiler: StepProfiler
     flops_per_token: float
     peak_flops: float
+    last_steps: deque[StepFacts] = field(default_factory=lambda: deque(maxlen=NUM_STEPS_KEPT))
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,10 @@ class StepResult:
     """What one optimizer step did, the same on every process.
 
     Attributes:
-        loss: mean token loss of the global batch before the update; not finite where the step was skipped.
+        loss: mean token loss of the global batch before the update.
         grad_norm: global L2 norm before clipping.
         num_tokens: label tokens of the global batch.
+        fault: why the update was left out; empty: it was not.
         should_stop: some process was asked to stop.
         seconds: wall-clock of this process, waiting for data included.
         group_norms: of weights and gradients, where they were due.
@@ -66,21 +75,31 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     num_tokens: int
-    is_skipped: bool
+    fault: str
     should_stop: bool
     seconds: float
     group_norms: dict[str, float]
 
+    @property
+    def is_skipped(self) -> bool:
+        return bool(self.fault)
+
 
 def fit(
-    run: Run, state: TrainState, *, evaluate: Evaluate, save: SaveCheckpoint, save_final: Callable[[], None]
+    run: Run,
+    state: TrainState,
+    *,
+    evaluate: Evaluate,
+    save: SaveCheckpoint,
+    save_final: Callable[[], None],
+    go_back: GoBack | None = None,
 ) -> bool:
     """Trains from `state` to the last step, evaluating and saving on the way.
 
     Returns:
         True when the last step was reached; False when the run was asked to stop before: the state is saved then.
     Raises:
-        TrainingError: too many steps in a row without a finite loss and gradient.
+        TrainingError: too many skipped steps in a row, and no `go_back` or none that it can do.
     """
     num_steps = run.config.train.num_steps
     if state.step == 0 or state.owes_evaluation:
@@ -89,11 +108,15 @@ def fit(
     with run.progress, run.profiler:
         while state.step < num_steps:
             state.step += 1
-            result = train_step(run, state.step)
-            state.record(result.num_tokens, result.is_skipped)
+            result = train_step(run, state.step, loss_limit(state.recent_losses, run.config.train.loss_spike_factor))
+            state.record(result.num_tokens, result.loss, result.is_skipped)
             report(run, state, result)
             run.profiler.step()
-            stop_if_diverged(run, state)
+            if state.skipped_in_a_row >= run.config.train.max_skipped_steps:
+                if go_back is None:
+                    raise TrainingError(diagnosis_of(run, state))
+                go_back(state)
+                continue
             is_last = state.step == num_steps
             should_stop = result.should_stop and not is_last
             is_evaluation_due = is_last or is_due(state.step, run.config.evaluation.every_steps)
@@ -101,7 +124,9 @@ def fit(
             state.owes_evaluation = is_evaluation_due and should_stop
             if is_evaluation_due and not should_stop:
                 run.metrics.log({"step": state.step, **evaluate()})
-            if is_last or should_stop or is_due(state.step, run.config.checkpoint.every_steps):
+            # Skipped steps leave the weights as they were: the checkpoint before them is kept, to go back to.
+            is_save_due = is_due(state.step, run.config.checkpoint.every_steps) and not state.skipped_in_a_row
+            if is_last or should_stop or is_save_due:
                 save(state)
             if should_stop:
                 return False
@@ -109,8 +134,9 @@ def fit(
     return True
 
 
-def train_step(run: Run, step: int) -> StepResult:
-    """One optimizer step on the global batch; skipped where its loss or gradient is not finite.
+def train_step(run: Run, step: int, max_loss: float = math.inf) -> StepResult:
+    """One optimizer step on the global batch; the update is left out where the loss or gradient is not finite, or the
+    loss above `max_loss`.
 
     The loss is the sum of token losses over the global count of label tokens of the whole step, across
     micro-batches and processes: not a mean of means. DDP averages gradients, hence the factor num_processes.
@@ -135,8 +161,8 @@ def train_step(run: Run, step: int) -> StepResult:
     norms = run.engine.group_norms() if is_due(step, run.config.logging.group_norms_every_steps) else {}
     grad_norm = run.engine.clip_gradients(run.config.train.max_grad_norm)
     # Both numbers are of the whole group, so that every process skips or none does.
-    is_skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
-    if not is_skipped:
+    fault = fault_of(loss, grad_norm, max_loss)
+    if not fault:
         run.engine.step()
     run.engine.zero_grad()
     return StepResult(
@@ -144,7 +170,7 @@ def train_step(run: Run, step: int) -> StepResult:
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         num_tokens=num_tokens,
-        is_skipped=is_skipped,
+        fault=fault,
         should_stop=num_stop_requests > 0,
         seconds=time.perf_counter() - started,
         group_norms=norms,
@@ -175,12 +201,14 @@ def is_due(step: int, every_steps: int) -> bool:
 
 
 def report(run: Run, state: TrainState, result: StepResult) -> None:
-    """The training line of metrics.jsonl and the progress bar."""
+    """The training line of metrics.jsonl, the progress bar, and what a diagnosis may need."""
+    run.last_steps.append(StepFacts(state.step, result.loss, result.grad_norm, result.learning_rate, result.fault))
     tokens_per_second = result.num_tokens / result.seconds
     flops = run.flops_per_token * tokens_per_second
     line = {
         "step": state.step,
-        "loss": None if result.is_skipped else result.loss,
+        # Null where loss or gradient are not finite; of a spike the loss is worth seeing.
+        "loss": result.loss if math.isfinite(result.grad_norm) else None,
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "tokens_seen": state.tokens_seen,
@@ -197,12 +225,5 @@ def report(run: Run, state: TrainState, result: StepResult) -> None:
     run.progress.update(line)
 
 
-def stop_if_diverged(run: Run, state: TrainState) -> None:
-    """Raises after too many skipped steps in a row."""
-    limit = run.config.train.max_skipped_steps
-    if state.skipped_in_a_row >= limit:
-        raise TrainingError(
-            f"step {state.step}: {state.skipped_in_a_row} steps in a row had a non-finite loss or gradient"
-            f" (train.max_skipped_steps = {limit}). Lower optimizer.learning_rate, lengthen schedule.warmup_steps,"
-            " or use runtime.precision=fp32. These steps left the weights as they were"
-        )
+def diagnosis_of(run: Run, state: TrainState) -> str:
+    return diagnosis(list(run.last_steps), state.skipped_in_a_row, run.config.train.max_skipped_steps)

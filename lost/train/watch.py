@@ -55,7 +55,7 @@ class Watch:
         self._beat_seconds = min(beat_seconds, timeout_seconds / 5)
         store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateImportUsage]
         # One connection a thread: the store's own has a lock that a waiting call would keep.
-        self._store = dist.PrefixStore("lost_steps", store.clone())  # pyright: ignore[reportPrivateImportUsage]
+        self._store = dist.PrefixStore("lost_steps", store.clone())  # pyright: ignore
         self._ended = threading.Event()
         self._gave_up = threading.Event()
         self._moved_at = time.monotonic()
