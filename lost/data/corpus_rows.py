@@ -1,7 +1,8 @@
 """The row sets of one corpus: "train" and, where a part is held out, "validation". Resumable shard by shard."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -93,11 +94,13 @@ class CorpusRows:
         """
         self._show(self.reports, 0)
         try:
-            for batch, encoded in self._encoded():
-                self._add(batch, encoded)
-                self._show(self.reports, batch[-1].position)
-                if max(writer.num_shard_tokens for _, writer in self._writers) >= SHARD_TOKENS:
-                    self._end_shards()
+            # Closed at once also after an error: it holds processes.
+            with closing(self._encoded()) as encoded_batches:
+                for batch, encoded in encoded_batches:
+                    self._add(batch, encoded)
+                    self._show(self.reports, batch[-1].position)
+                    if max(writer.num_shard_tokens for _, writer in self._writers) >= SHARD_TOKENS:
+                        self._end_shards()
             for _, writer in self._writers:
                 writer.close()
         finally:
@@ -105,7 +108,7 @@ class CorpusRows:
                 writer.abandon()
         (self._folder / _PROGRESS_NAME).unlink(missing_ok=True)
 
-    def _encoded(self) -> Iterator[EncodedBatch]:
+    def _encoded(self) -> Generator[EncodedBatch, None, None]:
         pieces = self._corpus.pieces()
         for piece in islice(pieces, self._progress["pieces"]):
             self._show(self.reports, piece.position)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -37,7 +37,9 @@ def processes_to_use(setting: int) -> int:
     return min(num_cores, _MAX_PROCESSES)
 
 
-def encode_in_order(batches: Iterable[list[Piece]], encoder: Encoder, num_processes: int) -> Iterator[EncodedBatch]:
+def encode_in_order(
+    batches: Iterable[list[Piece]], encoder: Encoder, num_processes: int
+) -> Generator[EncodedBatch, None, None]:
     """Each batch with the ids of its pieces, in the order of the batches; bounded memory.
 
     Raises:
