@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from lost.config.schema import DeviceConfig, RuntimeConfig
+from lost.train.zero_setup import require_deepspeed, zero_accelerator
 from lost.utils.errors import ConfigError
 
 # Dense bf16 peak without sparsity, TFLOP/s, from the makers' data sheets.
@@ -148,12 +149,11 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
         # accelerate looks at DeepSpeed while saving; told where it is, DeepSpeed does not warn about a missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     is_zero = name.startswith("zero")
+    if is_zero:
+        require_deepspeed(name, precision, device)
     if launched > 1 or name == "fsdp2" or is_zero:
         join_processes(device, launched, timedelta(seconds=config.timeout_seconds))
     if is_zero:
-        # DeepSpeed takes seconds to import.
-        from lost.train.zero_setup import zero_accelerator
-
         accelerator = zero_accelerator(name, precision, device)
     else:
         # Autocast is ours (accelerate's would copy all logits to float32), so accelerate is told "no".

@@ -1,6 +1,8 @@
 """DeepSpeed as accelerate starts it, and its settings."""
 
+import logging
 import os
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,14 +13,12 @@ from lost.utils.errors import ConfigError
 
 # Elements exchanged at once; DeepSpeed holds a buffer of so many: 0.2 GB in float32.
 BUCKET_SIZE = 50_000_000
+# zero3 keeps parameters of fewer elements whole on every process: DeepSpeed's own default.
+WHOLE_BELOW = 100_000
 
 
-def zero_accelerator(name: str, precision: str, device: torch.device) -> Accelerator:
-    """An Accelerator whose engine is DeepSpeed, for the runtimes zero1, zero2 and zero3.
-
-    Raises:
-        ConfigError: DeepSpeed is not installed, or does not work with the device or precision.
-    """
+def require_deepspeed(name: str, precision: str, device: torch.device) -> None:
+    """Raises ConfigError where DeepSpeed is not installed, or does not work with the device or precision."""
     if find_spec("deepspeed") is None:
         raise ConfigError(
             f"runtime = {name} needs DeepSpeed, which is not installed: pip install deepspeed, or use runtime=fsdp2,"
@@ -31,6 +31,10 @@ def zero_accelerator(name: str, precision: str, device: torch.device) -> Acceler
             f"runtime = {name} on {device.type}: DeepSpeed takes the GPU of a machine that has one, else the CPU; use"
             " runtime=fsdp2"
         )
+
+
+def zero_accelerator(name: str, precision: str, device: torch.device) -> Accelerator:
+    """An Accelerator whose engine is DeepSpeed, for the runtimes zero1, zero2 and zero3 in a group of processes."""
     # Where no launcher says which device is this process's.
     os.environ.setdefault("LOCAL_RANK", "0")
     prepare_deepspeed()
@@ -43,10 +47,13 @@ def zero_accelerator(name: str, precision: str, device: torch.device) -> Acceler
 
 
 def prepare_deepspeed() -> None:
-    """Without this, DeepSpeed compiles a C++ extension for the CPU, for minutes."""
+    """Without this, DeepSpeed compiles a C++ extension for the CPU, for minutes, and warns of what we report."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that PyTorch 2.13 has replaced.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def forget_in_transformers() -> None:
@@ -72,5 +79,6 @@ def settings(stage: int, precision: str) -> dict[str, Any]:
             "stage": stage,
             "reduce_bucket_size": BUCKET_SIZE,
             "allgather_bucket_size": BUCKET_SIZE,
+            "stage3_param_persistence_threshold": WHOLE_BELOW,
         },
     }
