@@ -7,6 +7,7 @@ are not used: loading them runs pickled code, and they fit one number of process
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import deepspeed
 import torch
@@ -33,7 +34,12 @@ class ZeroEngine(Engine):
 
     With precision=bf16 the forward uses bfloat16 weights, and the float32 weights that the optimizer updates are what
     `model_tensors` gives.
+
+    Attributes:
+        wrapped: DeepSpeed's engine.
     """
+
+    wrapped: Any
 
     def __init__(self, model: nn.Module, optimizer: OptimizerConfig, runtime: Runtime, fill: Fill):
         self.runtime = runtime
@@ -172,7 +178,7 @@ class ZeroEngine(Engine):
         part = distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None).to_local().clone()
         return DTensor.from_local(part, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=whole.stride())
 
-    def _own_moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+    def _own_moment(self, parameter: Any, key: str) -> torch.Tensor:
         """This process's part of a moment of AdamW, flat; maybe empty."""
         _, size = own_range(parameter)
         if hasattr(parameter, "ds_id"):
@@ -239,7 +245,7 @@ def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], torch.Te
             setattr(module, name, made[parameter])
 
 
-def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+def own_range(parameter: Any) -> tuple[int, int]:
     """(first element, number of elements) of the flattened parameter that this process updates."""
     if hasattr(parameter, "ds_id"):
         size, total = parameter.partition_numel(), parameter.ds_numel
@@ -250,7 +256,7 @@ def own_range(parameter: nn.Parameter) -> tuple[int, int]:
     return (address.start, address.numel) if address else (0, 0)
 
 
-def own_weight(parameter: nn.Parameter) -> torch.Tensor:
+def own_weight(parameter: Any) -> torch.Tensor:
     """This process's part of the float32 weight, flat; maybe empty."""
     _, size = own_range(parameter)
     if hasattr(parameter, "ds_id"):
@@ -259,7 +265,7 @@ def own_weight(parameter: nn.Parameter) -> torch.Tensor:
     return parameter._hp_mapping.hp_fragment.detach() if size else torch.zeros(0, device=parameter.device)
 
 
-def own_gradient(parameter: nn.Parameter) -> torch.Tensor:
+def own_gradient(parameter: Any) -> torch.Tensor:
     """This process's part of the float32 gradient, in the memory that the optimizer reads; maybe empty."""
     first, size = own_range(parameter)
     if hasattr(parameter, "ds_id"):

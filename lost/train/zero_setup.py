@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils.dataclasses import KwargsHandler
 
 from lost.utils.errors import ConfigError
 
@@ -40,7 +41,7 @@ def zero_accelerator(name: str, precision: str, device: torch.device) -> Acceler
     prepare_deepspeed()
     plugin = DeepSpeedPlugin(hf_ds_config=settings(int(name[-1]), precision), zero3_init_flag=False)
     # On a CPU accelerate finds no backend by itself, and every process would take itself for the only one.
-    backend = [InitProcessGroupKwargs(backend="gloo")] if device.type == "cpu" else []
+    backend: list[KwargsHandler] = [InitProcessGroupKwargs(backend="gloo")] if device.type == "cpu" else []
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=backend)
     forget_in_transformers()
     return accelerator
@@ -58,7 +59,7 @@ def prepare_deepspeed() -> None:
 
 def forget_in_transformers() -> None:
     """transformers, told of DeepSpeed by accelerate, would let `generate` wait for processes that do not call it."""
-    from transformers.integrations import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
