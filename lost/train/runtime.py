@@ -6,10 +6,12 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.distributed.rendezvous import rendezvous
 
 from lost.config.schema import DeviceConfig, RuntimeConfig
 from lost.train.zero_setup import require_deepspeed, zero_accelerator
@@ -177,8 +179,24 @@ def join_processes(device: torch.device, launched: int, timeout: timedelta) -> N
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Without a launcher there are no addresses to meet at.
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if launched == 1 else {}  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(backend, timeout=timeout, **alone)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
+    place = alone if launched == 1 else fresh_meeting_point(timeout)
+    dist.init_process_group(backend, timeout=timeout, **place)
+
+
+def fresh_meeting_point(timeout: timedelta) -> dict[str, Any]:
+    """Arguments of init_process_group under a launcher; empty: as the environment says.
+
+    torchrun keeps one store for all its restarts (torch 2.13), where a process would find the address of a dead one and
+    fail to connect. A prefix for each restart helps on one node; on several their counts of restarts differ, and there
+    torchrun is told by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to make a new store (docs/clusters.md).
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if restarts is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, index, count = next(rendezvous("env://", timeout=timeout))
+    prefixed = dist.PrefixStore(f"restart_{restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
+    return {"store": prefixed, "rank": index, "world_size": count}
 
 
 def measure_matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
