@@ -44,7 +44,8 @@ def carry_out(index: int, commands: list[list[str]]) -> list[int]:
 
 def start_anew(index: int) -> None:
     """What a launcher says, for a process that has no memory of an Accelerator before."""
-    names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": dist.get_world_size()}
+    count = dist.get_world_size()
+    names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     # FORK_LAUNCHED keeps accelerate from ending the group, which the next command needs, after a run.
     os.environ |= {name: str(value) for name, value in names.items()} | {"FORK_LAUNCHED": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
