@@ -129,8 +129,8 @@ def zero_problems(runtime: RuntimeConfig) -> list[str]:
     if not runtime.name.startswith("zero") or runtime.precision != "pure_bf16":
         return []
     return [
-        f"runtime.precision = pure_bf16 with runtime={runtime.name}: DeepSpeed keeps float32 weights beside those that it"
-        " multiplies; use runtime.precision=bf16, or runtime=fsdp2 or ddp"
+        f"runtime.precision = pure_bf16 with runtime={runtime.name}: DeepSpeed keeps float32 weights beside those that"
+        " it multiplies; use runtime.precision=bf16, or runtime=fsdp2 or ddp"
     ]
 
 

@@ -42,4 +42,4 @@ class TrainingError(LostError):
 
 
 class LostProcessError(TrainingError):
-    """Processes of a run that no longer answer each other. Each of them says so, since the first may be the silent one."""
+    """Processes of a run that no longer answer each other. Each says so, since the first may be the silent one."""

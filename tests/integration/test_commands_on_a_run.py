@@ -113,7 +113,8 @@ def test_export_as_a_process_loads_in_another_one(folder, capsys):
     checkpoint = folder / "run" / "checkpoints" / "step_00000008"
     printed = succeed("export", f"source={checkpoint}", f"to={folder / 'export'}")
     assert "import lost.model" in printed
-    stored, written = load_file(checkpoint / "model.safetensors"), load_file(folder / "export" / "model.safetensors")
+    stored = load_file(checkpoint / "model_00000_process_00000.safetensors")
+    written = {f"model/{name}": value for name, value in load_file(folder / "export" / "model.safetensors").items()}
     assert stored.keys() == written.keys()
     assert all(torch.equal(written[name], value) for name, value in stored.items())
     card = (folder / "export" / "README.md").read_text()

@@ -54,7 +54,8 @@ def group():
         (ValueError("gloo"), False),
     ],
 )
-def test_only_failures_of_the_group_are_renamed(group, error, is_of_the_group):
+@pytest.mark.usefixtures("group")
+def test_only_failures_of_the_group_are_renamed(error, is_of_the_group):
     watch = Watch(TrainState(step=3), 0, 0.1, on_stuck=lambda _: None)
     with pytest.raises(Exception) as raised, watch.naming():  # noqa: PT011
         raise error
@@ -66,7 +67,8 @@ def test_only_failures_of_the_group_are_renamed(group, error, is_of_the_group):
         assert raised.value is error
 
 
-def test_a_step_that_takes_too_long_is_reported_once(group):
+@pytest.mark.usefixtures("group")
+def test_a_step_that_takes_too_long_is_reported_once():
     state, messages = TrainState(step=3), []
 
     def wait_for(count):
