@@ -52,17 +52,24 @@ class Command:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for index in range(self._count):
-            self.send(index, signal.SIGKILL)
+        for pid in self._workers():
+            os.kill(pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
 
     def send(self, index: int, number: signal.Signals) -> None:
-        own = self._process.pid
-        children = Path(f"/proc/{own}/task/{own}/children").read_text().split() if self._process.poll() is None else []
-        pids = sorted(map(int, children)) if self._count > 1 else [own]
+        pids = self._workers()
         if index < len(pids):
             os.kill(pids[index], number)
+
+    def _workers(self) -> list[int]:
+        """Process ids of the processes that train and still run, in the order of their indices."""
+        own = self._process.pid
+        if self._process.poll() is not None:
+            return []
+        return (
+            sorted(map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split())) if self._count > 1 else [own]
+        )
 
     def is_running(self) -> bool:
         return self._process.poll() is None
