@@ -87,7 +87,7 @@ class Engine(ABC):
             CheckpointError: state for a parameter that the model does not have.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Lets go of what would outlive the group of processes; nothing else works after it."""
 
     def whole_tensors(self) -> dict[str, torch.Tensor]:

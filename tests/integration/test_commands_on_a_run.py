@@ -113,8 +113,9 @@ def test_export_as_a_process_loads_in_another_one(folder, capsys):
     checkpoint = folder / "run" / "checkpoints" / "step_00000008"
     printed = succeed("export", f"source={checkpoint}", f"to={folder / 'export'}")
     assert "import lost.model" in printed
-    stored = load_file(checkpoint / "model_00000_process_00000.safetensors")
-    written = {f"model/{name}": value for name, value in load_file(folder / "export" / "model.safetensors").items()}
+    named = load_file(checkpoint / "model_00000_process_00000.safetensors")
+    stored = {name.removeprefix("model/"): value for name, value in named.items()}
+    written = load_file(folder / "export" / "model.safetensors")
     assert stored.keys() == written.keys()
     assert all(torch.equal(written[name], value) for name, value in stored.items())
     card = (folder / "export" / "README.md").read_text()
