@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from lost.assemble.resume import restore
+from lost.bench.fresh import meta_model_and_fill
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import Timing
 from lost.checkpoint import CheckpointManager
+from lost.checkpoint.io import read_json
+from lost.checkpoint.manager import FACTS_NAME
 from lost.checkpoint.shards import Groups, read_into
 from lost.config.schema import AdamWConfig, BenchConfig, RuntimeConfig
-from lost.model.build import build_meta_model, initialise, materialise
 from lost.train.engine import Engine, build_engine
 from lost.train.runtime import Runtime, start_runtime
 from lost.train.state import TrainState, snapshot
@@ -55,7 +57,7 @@ def one_round(folder: Path, engine: Engine, runtime: Runtime) -> tuple[float, fl
     saved = seconds_of(lambda: save(manager.save))
     copied = seconds_of(lambda: save(manager.save_in_background))
     manager.finish()
-    resumed = seconds_of(lambda: resume(folder, engine))
+    resumed = seconds_of(lambda: resume(folder, engine, runtime))
     shutil.rmtree(folder)
     return saved, copied, resumed
 
@@ -68,12 +70,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 def trained_engine(config: BenchConfig, runtime: Runtime) -> Engine:
     """A model after one update, so that its optimizer has state."""
-    model = build_meta_model(config.model, config.parameterization, dtype=runtime.param_dtype)
-
-    def fill(_: nn.Module) -> None:
-        materialise(model, config.parameterization, runtime.device)
-        initialise(model, config.parameterization, 0)
-
+    model, fill = meta_model_and_fill(config, runtime)
     engine = build_engine(model, RuntimeConfig(), AdamWConfig(learning_rate=1e-4), runtime, fill)
     for parameter in engine.model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -82,9 +79,9 @@ def trained_engine(config: BenchConfig, runtime: Runtime) -> Engine:
     return engine
 
 
-def resume(folder: Path, engine: Engine) -> None:
+def resume(folder: Path, engine: Engine, runtime: Runtime) -> None:
     """What a resumed run does with its newest checkpoint."""
     path = CheckpointManager(folder).resolve("must")
     assert path is not None
-    read_into(path, "model", engine.model_tensors())
-    engine.load_optimizer(lambda tensors: read_into(path, "optimizer", tensors), set(engine.optimizer_tensors()))
+    engine.load_model(lambda tensors: read_into(path, "model", tensors))
+    restore(path, read_json(path / FACTS_NAME), engine, runtime)

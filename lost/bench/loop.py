@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from lost.accounting import flops_per_token
+from lost.assemble.pretrain import batches_of
+from lost.bench.fresh import meta_model_and_fill
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, Timing, wait_for
 from lost.config.schema import (
@@ -26,9 +28,8 @@ from lost.config.schema import (
     TrainConfig,
     TrainEvaluationConfig,
 )
-from lost.data import prepare, train_batches
-from lost.model.build import build_meta_model, initialise, materialise
-from lost.train.engine import TorchEngine
+from lost.data import prepare
+from lost.train.engine import Fill, TorchEngine
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.profile import StepProfiler
 from lost.train.runtime import Runtime, start_runtime
@@ -82,7 +83,7 @@ def bench_loop(config: BenchConfig) -> BenchResult:
     """
     runtime = start_runtime(RuntimeConfig(name="single", **vars(config.runtime)))
     with tempfile.TemporaryDirectory() as folder:
-        engine = timed_run(run_config(config, Path(folder)), runtime)
+        engine = timed_run(run_config(config, Path(folder)), runtime, *meta_model_and_fill(config, runtime))
     whole = [end - start for start, end in pairwise(engine.step_ends)][NUM_WARMUP_ROUNDS - 1 :]
     num_parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     arms = {
@@ -135,30 +136,14 @@ def write_words(folder: Path) -> Path:
     return path
 
 
-def timed_run(config: PretrainConfig, runtime: Runtime) -> TimedEngine:
+def timed_run(config: PretrainConfig, runtime: Runtime, model: PreTrainedModel, fill: Fill) -> TimedEngine:
     """The engine after the run, with its times."""
     prepared = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=config.train.seq_len)
-    model = build_meta_model(config.model, config.parameterization, dtype=runtime.param_dtype)
-
-    def fill(net: nn.Module) -> None:
-        assert net is model
-        materialise(model, config.parameterization, runtime.device)
-        initialise(model, config.parameterization, config.seed)
-
     set_recompute(model, config.runtime.recompute)
     engine = TimedEngine(model, config.runtime, config.optimizer, runtime, fill)
     run_dir = Path(config.run_dir)
     run_dir.mkdir()
-    batches = train_batches(
-        prepared.train,
-        seed=config.seed,
-        first_step=1,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        process_index=0,
-        num_processes=1,
-        pin_memory=runtime.device.type == "cuda",
-    )
+    batches = batches_of(config, prepared, runtime, TrainState())
     with MetricsLogger(run_dir, config.logging) as metrics, StopRequest(0) as stop:
         run = Run(
             config=config,

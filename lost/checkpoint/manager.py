@@ -89,16 +89,14 @@ class CheckpointManager:
         except (CheckpointError, OSError, RuntimeError) as error:
             logger.warning("the checkpoint being written was given up as well: %s", error)
 
-    def load(self, path: str | Path, *, is_verified: bool = False) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    def load(self, path: str | Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Tensors (whole, on the CPU, by group and name) and facts of a checkpoint, verified first.
 
-        Args:
-            is_verified: another process of this run has just computed the sums of its files.
         Raises:
             CheckpointError: names the file that is missing, damaged or not allowed, and what to do.
         """
         path = Path(path)
-        manifest = read_manifest(path) if is_verified else self._verify_or_advise(path)
+        manifest = self._verify_or_advise(path)
         groups = sorted({name.split("/", 1)[0] for name in stored_tensors(path)})
         tensors: dict[str, Tensors] = {
             group: read_whole(path, group, manifest.aliases.get(group, {})) for group in groups

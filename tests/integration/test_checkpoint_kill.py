@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lost.checkpoint import CheckpointManager
+from lost.testing.disk import small_disk_at
 from lost.utils.errors import CheckpointError
 
 NUM_KILLS = 20
@@ -126,20 +127,8 @@ def test_a_file_that_cannot_grow_leaves_the_older_checkpoint(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 12 MB: room for one checkpoint of `contents`, not for two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        pytest.skip("no mount program here")
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    try:
+    with small_disk_at(tmp_path / "disk", "12m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(small_disk):

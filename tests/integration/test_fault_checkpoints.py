@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lost.checkpoint import CheckpointManager
+from lost.testing.disk import small_disk_at
 from lost.testing.forked import Forked, carry_out
 from lost.testing.runs import losses, lost_here, read_metrics, tiny_run, write_corpus
 from lost.utils.errors import CheckpointError
@@ -86,20 +87,8 @@ def test_a_damaged_checkpoint_asked_for_by_path_stops_both_processes(unfinished,
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1.2 MB: room for one checkpoint of the run and part of another."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", folder], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        pytest.skip("no mount program here")
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    try:
+    with small_disk_at(tmp_path / "disk", "1200k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize(("background", "count"), [("true", 2), ("true", 1), ("false", 2)])
