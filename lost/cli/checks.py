@@ -8,8 +8,9 @@ from lost.accounting.targets import rank_problems, targets_of, unmatched_overrid
 from lost.config.schema import LostConfig, ModelConfig, ParameterizationConfig
 from lost.config.section import WrongValue
 
-# A width that is not known limits no rank.
+# A width that is not known limits no rank, and a number of layers that is not known no pattern.
 UNLIMITED = 2**62
+MANY_LAYERS = 1000
 
 
 def target_problems(model: ModelConfig, parameterization: ParameterizationConfig) -> list[str]:
@@ -36,11 +37,12 @@ def density_override_problems(model: ModelConfig, parameterization: Parameteriza
 
 
 def layer_rank_problems(model: ModelConfig, parameterization: ParameterizationConfig) -> list[str]:
-    """The first layer whose rank is too high, with the number of the others."""
+    """The first layer whose rank is too high, with the number of the others where that is known."""
     if not isinstance(parameterization, LostConfig):
         return []
     found = rank_problems(parameterization, targets_of(parameterization, known_linears(model)))
-    more = f" ({len(found) - 1} more layers alike)" if len(found) > 1 else ""
+    is_counted = known(model, "num_hidden_layers", 0) > 0
+    more = f" ({len(found) - 1} more layers alike)" if len(found) > 1 and is_counted else ""
     return prefixed([f"{found[0]}{more}"]) if found else []
 
 
@@ -52,9 +54,9 @@ def prefixed(problems: list[str]) -> list[str]:
 
 
 def known_linears(model: ModelConfig) -> list[LinearShape]:
-    """Every linear layer, those widths that have a problem of their own without limit."""
+    """Every linear layer; what has a problem of its own sets no limit."""
     widths: Any = SimpleNamespace(
-        num_hidden_layers=model.num_hidden_layers,
+        num_hidden_layers=known(model, "num_hidden_layers", MANY_LAYERS),
         hidden_size=known(model, "hidden_size", UNLIMITED),
         intermediate_size=known(model, "intermediate_size", UNLIMITED),
         vocab_size=known(model, "vocab_size", UNLIMITED),

@@ -59,13 +59,17 @@ class Watch:
         self._ended = threading.Event()
         self._gave_up = threading.Event()
         self._moved_at = time.monotonic()
+        self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
-        threading.Thread(target=self._beat, name="watch", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        # A thread that still lets go of tensors and process groups while the interpreter ends aborts the process. Not
+        # for ever: the store may have died with its machine.
+        self._thread.join(5)
 
     def touch(self) -> None:
         """Says that what takes long now (an evaluation) is no hanging step."""

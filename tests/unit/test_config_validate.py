@@ -177,6 +177,19 @@ TOGETHER = {
             "data.validation_files: /no/other does not exist",
         ],
     ),
+    "number of layers, rank and a layer's pattern": (
+        [
+            "model.num_hidden_layers=0",
+            "parameterization.rank_overrides={layers.30.self_attn.q_proj: 9999, q_prj: 8}",
+            "parameterization.target_modules=[mlp, layers.30.self_attn.q_proj]",
+        ],
+        [
+            "model.num_hidden_layers = 0:",
+            "parameterization.target_modules: the pattern mlp ",
+            "parameterization.rank_overrides: the pattern q_prj ",
+            "parameterization.lost_rank = 9999 for model.layers.30.self_attn.q_proj",
+        ],
+    ),
     "evaluation and profile": (
         ["evaluation.max_tokens=3", "evaluation.every_steps=-1", "runtime.profile_steps=500", "runtime.device=tpu"],
         [

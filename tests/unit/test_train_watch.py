@@ -1,5 +1,6 @@
 """What is said about processes that no longer answer, and which errors count as such."""
 
+import threading
 import time
 
 import pytest
@@ -89,3 +90,11 @@ def test_a_step_that_takes_too_long_is_reported_once():
         state.step = 4
         wait_for(2)
         assert messages[1].startswith("process 0 has been in step 4 for ")
+
+
+@pytest.mark.usefixtures("group")
+def test_the_thread_has_ended_when_the_watch_has():
+    before = set(threading.enumerate())
+    with Watch(TrainState(step=3), 0, 60, on_stuck=lambda _: None):
+        assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) == before
