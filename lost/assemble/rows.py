@@ -5,7 +5,7 @@ import dataclasses
 from lost.assemble.load import Loaded
 from lost.config.schema import DataConfig
 from lost.data import TokenRows
-from lost.data.prepare import prepare_validation
+from lost.data.prepared import prepare_validation
 from lost.utils.errors import ConfigError
 from lost.utils.logging import get_logger
 

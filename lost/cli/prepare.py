@@ -7,8 +7,8 @@ from lost.config.schema import PretrainConfig
 
 
 def run(config: PretrainConfig) -> int:
-    from lost.data.prepare import prepare
     from lost.data.progress import PreparationBar, report_lines
+    from lost.data.row_sets import make_rows
     from lost.utils.logging import setup
 
     setup()
@@ -21,7 +21,7 @@ def run(config: PretrainConfig) -> int:
         tokenizer = load_tokenizer(locate(config.source))
         vocab_size = len(tokenizer)
     with PreparationBar() as bar:
-        prepared = prepare(
+        report = make_rows(
             config.data,
             vocab_size=vocab_size,
             seq_len=config.train.seq_len,
@@ -29,5 +29,5 @@ def run(config: PretrainConfig) -> int:
             progress=bar.show,
             verify_rows=True,
         )
-    print("\n".join(report_lines(prepared.report)))
+    print("\n".join(report_lines(report)))
     return 0

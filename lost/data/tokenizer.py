@@ -1,14 +1,14 @@
 """The tokenizer of a run: trained on its documents, from a folder, or from the hub."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lost.utils.errors import DataError
 from lost.utils.hub import require_hub_for_tokenizer
@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
+TOKENIZER_NAME = "tokenizer.json"
 _NUM_BYTES = 256
 # Text that the BPE trainer sees at most: so much a token, with which the ids of Python source are 1 % more than with
 # three times as much; and so much in all, with which its word counts stay below 400 MB.
@@ -31,7 +32,7 @@ class Encoder:
     that spells a special token ("<|endoftext|>") is encoded as plain text.
 
     Args:
-        tokenizer: a transformers tokenizer with an EOS token.
+        tokenizer: a transformers tokenizer with an EOS token, or a TrainedTokenizer.
         label: what messages call it.
     Raises:
         DataError: no EOS token, or no fast tokenizer.
@@ -69,11 +70,27 @@ class Encoder:
         self.__dict__ = state | {"_tokenizer": _plain(state["_tokenizer"])}
 
 
+class TrainedTokenizer:
+    """What an Encoder needs of a tokenizer that `train_tokenizer` wrote, without loading transformers.
+
+    Args:
+        folder: the tokenizer's.
+    """
+
+    def __init__(self, folder: Path):
+        self.backend_tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
+        self.eos_token_id = self.backend_tokenizer.token_to_id(END_OF_TEXT)
+        self.pad_token_id = self.backend_tokenizer.token_to_id(PADDING)
+
+
 def _plain(serialised: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(serialised)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    # Only adds special tokens, which `encode` never does. transformers sets one of its own when it loads a tokenizer:
+    # with always the same one the fingerprint does not depend on who loaded it.
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     return tokenizer
 
 
@@ -119,14 +136,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING, clean_up_tokenization_spaces=False
-    )
-    wrapped.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": PADDING,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    tokenizer.save(str(folder / TOKENIZER_NAME))
 
 
 def load_tokenizer(name: str, instead: str = "") -> Any:
-    """The tokenizer of a folder or a hub id; the local hub cache first, the network only when it answers.
+    """The transformers tokenizer of a folder or a hub id; the local hub cache first, then the hub if it answers.
 
     Args:
         name: folder or hub id.
@@ -134,6 +156,9 @@ def load_tokenizer(name: str, instead: str = "") -> Any:
     Raises:
         DataError: a folder without a tokenizer, an unknown id, an unreachable hub.
     """
+    # Takes seconds to load; `lost prepare` with a tokenizer of its own has no need of it.
+    from transformers import AutoTokenizer
+
     if Path(name).expanduser().exists():
         try:
             return AutoTokenizer.from_pretrained(str(Path(name).expanduser()), local_files_only=True)

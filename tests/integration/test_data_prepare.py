@@ -7,20 +7,17 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 
 import pytest
 import torch
 
 from lost.config.schema import C4DataConfig, StdlibDataConfig, TextFilesDataConfig
-from lost.data import corpus_rows, files, prepare, prepare_validation
+from lost.data import corpus_rows, files, prepare, prepare_validation, row_sets
 from lost.testing.tiny import tiny_tokenizer
 from lost.utils.errors import DataError
 from lost.utils.files import cache_folder
 
-# The package's name `prepare` is the function.
-prepare_module = sys.modules["lost.data.prepare"]
 fork = multiprocessing.get_context("fork")
 
 
@@ -76,8 +73,8 @@ def test_the_second_call_only_hashes(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(prepare_module, "CorpusRows", refuse)
-    monkeypatch.setattr(prepare_module, "train_tokenizer", refuse)
+    monkeypatch.setattr(row_sets, "CorpusRows", refuse)
+    monkeypatch.setattr(row_sets, "train_tokenizer", refuse)
     second = prepare(data, vocab_size=300, seq_len=32)
     assert second.report.is_cached
     assert second.fingerprint == first.fingerprint

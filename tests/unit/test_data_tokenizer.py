@@ -2,7 +2,7 @@
 
 import pytest
 
-from lost.data.tokenizer import Encoder, check_vocabulary, load_tokenizer, train_tokenizer
+from lost.data.tokenizer import Encoder, TrainedTokenizer, check_vocabulary, load_tokenizer, train_tokenizer
 from lost.testing.tiny import tiny_tokenizer
 from lost.utils.errors import DataError
 
@@ -29,6 +29,14 @@ def test_a_trained_tokenizer_has_eos_and_padding_and_gives_text_back(trained):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
         # It does not append EOS by itself: the row makers do.
         assert Encoder(tokenizer, "x").encode([text])[0].tolist() == tokenizer(text)["input_ids"]
+
+
+def test_without_transformers_it_is_the_same_tokenizer(trained):
+    """`lost prepare` opens it so; `lost pretrain`, with transformers, must find the rows that were made."""
+    quick, usual = Encoder(TrainedTokenizer(trained), "x"), Encoder(load_tokenizer(str(trained)), "x")
+    assert (quick.eos_id, quick.pad_id, quick.fingerprint) == (0, 1, usual.fingerprint)
+    for ours, theirs in zip(quick.encode(TEXT), usual.encode(TEXT), strict=True):
+        assert ours.tolist() == theirs.tolist()
 
 
 def test_training_is_deterministic(trained, tmp_path):

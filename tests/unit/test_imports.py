@@ -43,6 +43,7 @@ NO_TORCH = (
     "lost/cli/help.py",
     "lost/cli/checks.py",
     "lost/cli/reach.py",
+    "lost/cli/prepare.py",
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lost_kernels"}
 
@@ -160,6 +161,12 @@ def test_import_lost_is_cheap():
     heavy = sorted({*HEAVY, "hydra", "omegaconf", "yaml", "rich"})
     done = run_python(f"import sys, lost; sys.exit(', '.join(n for n in {heavy} if n in sys.modules) or None)")
     assert done.returncode == 0, done.stderr
+
+
+def test_lost_prepare_needs_no_torch():
+    modules = "lost.cli.prepare, lost.data.progress, lost.data.row_sets"
+    done = run_python(f"import sys, {modules}; print([name for name in {sorted(HEAVY)} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_public_names_exist():

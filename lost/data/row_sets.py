@@ -1,10 +1,10 @@
-"""Documents to token rows on disk, once: what `lost prepare` and every training run start with."""
+"""The row sets that data settings name, found in the cache or made: all that `lost prepare` does.
 
-import hashlib
-import json
+Imports neither torch nor transformers, which take longer to load than the standard library takes to tokenise.
+"""
+
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ from lost.data.cache import key_of, made_once
 from lost.data.corpus_rows import CorpusRows, is_held_out
 from lost.data.encoding import processes_to_use, tokenizer_threads
 from lost.data.files import hash_key
-from lost.data.hub import C4Corpus
 from lost.data.report import PrepareReport, Progress, ProgressCallable, SetReport
-from lost.data.rows import Mixture, TokenRows
-from lost.data.shards import MANIFEST_NAME, verify
+from lost.data.shards import MANIFEST_NAME, read_manifest, verify
 from lost.data.sources import Corpus, open_sources
-from lost.data.stream import TokenStream
-from lost.data.tokenizer import Encoder, check_vocabulary, load_tokenizer, sample_bytes, train_tokenizer
+from lost.data.tokenizer import (
+    Encoder,
+    TrainedTokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    sample_bytes,
+    train_tokenizer,
+)
 from lost.utils.errors import DataError
 from lost.utils.files import cache_folder
 
@@ -27,26 +31,7 @@ from lost.utils.files import cache_folder
 _FORMAT = 2
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Rows to train and validate on.
-
-    Args:
-        train: the rows to train on, or with data.streaming the stream that they come from.
-        validation: row sets by name.
-        tokenizer: a transformers tokenizer with EOS and padding.
-        fingerprint: hash of the rows and weights; a resumed run must have the same.
-        report: what was found and made.
-    """
-
-    train: Mixture | TokenStream
-    validation: dict[str, TokenRows]
-    tokenizer: Any
-    fingerprint: str
-    report: PrepareReport
-
-
-def prepare(
+def make_rows(
     data: DataConfig,
     *,
     vocab_size: int,
@@ -54,94 +39,72 @@ def prepare(
     tokenizer: Any = None,
     progress: ProgressCallable | None = None,
     verify_rows: bool = False,
-) -> Prepared:
-    """Rows and tokenizer of a data set, from the cache where they are there.
-
-    Several processes may call this at once: one works (with processes of its own), the others wait. Memory is bounded
-    whatever the size. What a killed call has finished is used by the next one.
+) -> PrepareReport:
+    """Rows and tokenizer of a data set on disk, as `lost.data.prepare` makes and finds them, and nothing loaded.
 
     Args:
-        vocab_size: the model's; ids of the rows are below it.
-        seq_len: tokens of a row.
-        tokenizer: used instead of data.tokenizer=train.
-        progress: called after every batch of documents.
+        vocab_size, seq_len, tokenizer, progress: as of `lost.data.prepare`.
         verify_rows: compare rows that are there with their checksums; otherwise only sizes are.
     Raises:
         DataError: names what cannot be read, is damaged or too small, and the fix.
     """
-    maker = _Maker(data, vocab_size, seq_len, progress)
-    maker.is_verifying = verify_rows
-    if not maker.sources.train:
-        raise DataError("data.train_files is empty: name at least one file, data.train_files=[path]")
-    if data.tokenizer != "train":
-        tokenizer = load_tokenizer(data.tokenizer, maker.sources.hub_advice)
-    elif tokenizer is None:
-        tokenizer = load_tokenizer(str(maker.trained_tokenizer()))
-    maker.use(tokenizer)
-    if isinstance(data, C4DataConfig) and data.streaming:
-        validation = maker.validation_sets()
-        stream = maker.stream()
-        return Prepared(stream, validation, tokenizer, _stream_fingerprint(stream, validation), maker.finished_report())
-    train, validation = maker.train_sets()
-    validation |= maker.validation_sets()
-    mixture = Mixture(train, maker.sources.weights)
-    return Prepared(mixture, validation, tokenizer, _fingerprint(mixture, validation), maker.finished_report())
+    sets = RowSets(data, vocab_size, seq_len, progress, verify_rows)
+    sets.choose_tokenizer(tokenizer, TrainedTokenizer)
+    if not is_streamed(data):
+        sets.train_folders()
+    sets.validation_folders()
+    return sets.finished_report()
 
 
-def prepare_validation(
-    data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer: Any, progress: ProgressCallable | None = None
-) -> tuple[dict[str, TokenRows], PrepareReport]:
-    """Only the validation rows, by set name, for a model that has its tokenizer.
+def is_streamed(data: DataConfig) -> bool:
+    """Whether training reads its documents as they come, so that only the validation rows are made."""
+    return isinstance(data, C4DataConfig) and data.streaming
 
-    Training documents are read only where the validation set is held out from them.
 
-    Raises:
-        DataError: as `prepare`.
+class RowSets:
+    """One preparation: the sources, their hashes, and what becomes of them. The tokenizer comes before the folders.
+
+    Args:
+        verify_rows: compare rows that are there with their checksums; otherwise only sizes are.
     """
-    maker = _Maker(data, vocab_size, seq_len, progress)
-    maker.use(tokenizer)
-    validation = maker.validation_sets() or maker.train_sets()[1]
-    return validation, maker.finished_report()
-
-
-def _fingerprint(train: Mixture, validation: dict[str, TokenRows]) -> str:
-    facts = [
-        [rows.meta["sha256"] for rows in train.sets],
-        train.weights,
-        {name: rows.meta["sha256"] for name, rows in validation.items()},
-        [train.seq_len, train.sets[0].isolate_documents],
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _stream_fingerprint(train: TokenStream, validation: dict[str, TokenRows]) -> str:
-    """Of what decides the rows of a stream: they themselves are not known."""
-    facts = {name: rows.meta["sha256"] for name, rows in validation.items()}
-    return key_of(
-        corpus=train.corpus.content_hash,
-        tokenizer=train.encoder.fingerprint,
-        rows=[train.row_maker, train.seq_len],
-        validation=facts,
-    )
-
-
-class _Maker:
-    """One preparation: the sources, their hashes, and what becomes of them."""
 
     encoder: Encoder
-    is_verifying = False
 
-    def __init__(self, data: DataConfig, vocab_size: int, seq_len: int, progress: ProgressCallable | None):
+    def __init__(
+        self,
+        data: DataConfig,
+        vocab_size: int,
+        seq_len: int,
+        progress: ProgressCallable | None,
+        verify_rows: bool = False,
+    ):
         self.started = time.monotonic()
         self.data = data
         self.vocab_size = vocab_size
         self.seq_len = seq_len
         self.progress = progress or (lambda _: None)
+        self.is_verifying = verify_rows
         self.cache = cache_folder(data.cache_dir)
         self.report = PrepareReport(num_processes=processes_to_use(data.num_processes))
         self.sources = open_sources(data)
         # Fraction of the training corpora's documents held out; 0 where there are validation corpora.
         self.held_out = 0.0 if self.sources.validation else data.validation_fraction
+
+    def choose_tokenizer(self, given: Any, open_trained: Callable[[Path], Any]) -> Any:
+        """Uses the tokenizer that the settings name, else the one given, else one trained on the training documents.
+
+        Args:
+            given: a transformers tokenizer or None.
+            open_trained: opens the folder of the trained one.
+        """
+        if not self.sources.train:
+            raise DataError("data.train_files is empty: name at least one file, data.train_files=[path]")
+        if self.data.tokenizer != "train":
+            given = load_tokenizer(self.data.tokenizer, self.sources.hub_advice)
+        elif given is None:
+            given = open_trained(self.trained_tokenizer())
+        self.use(given)
+        return given
 
     def use(self, tokenizer: Any) -> None:
         """Sets the tokenizer of the rows."""
@@ -202,35 +165,30 @@ class _Maker:
                 if left_bytes <= 0:
                     return
 
-    def train_sets(self) -> tuple[list[TokenRows], dict[str, TokenRows]]:
-        """The row sets to train on, and by name those held out from them."""
+    def train_folders(self) -> tuple[list[Path], dict[str, Path]]:
+        """The folders of the row sets to train on, and by name of those held out from them."""
         train, held_out = [], {}
         is_mixture = len(self.sources.train) > 1
         for corpus in self.sources.train:
             folder = self._row_folder(corpus, self.held_out)
-            train.append(self._open(folder / "train", f"train/{corpus.name}" if is_mixture else "train"))
+            train.append(self._found(folder / "train", f"train/{corpus.name}" if is_mixture else "train"))
             if self.held_out:
                 name = corpus.name if is_mixture else "validation"
-                held_out[name] = self._open(folder / "validation", name)
+                held_out[name] = self._found(folder / "validation", name)
         return train, held_out
 
-    def stream(self) -> TokenStream:
-        """The training corpus as it comes."""
-        (corpus,) = self.sources.train
-        assert isinstance(corpus, C4Corpus), corpus
-        return TokenStream(corpus, self.encoder, self.data.row_maker, self.seq_len, self.vocab_size)
-
-    def validation_sets(self) -> dict[str, TokenRows]:
-        """The row sets of the validation corpora, by name."""
+    def validation_folders(self) -> dict[str, Path]:
+        """The folders of the validation corpora's row sets, by name."""
         corpora = self.sources.validation.items()
-        return {name: self._open(self._row_folder(corpus, 0.0) / "train", name) for name, corpus in corpora}
+        return {name: self._found(self._row_folder(corpus, 0.0) / "train", name) for name, corpus in corpora}
 
-    def _open(self, folder: Path, name: str) -> TokenRows:
-        rows = TokenRows(folder, isolate_documents=self.data.isolate_documents)
-        self.report.sets[name] = SetReport.from_dict(rows.meta)
+    def _found(self, folder: Path, name: str) -> Path:
+        """Reports a row set; refuses one that is damaged or has ids that the model has not."""
+        meta = read_manifest(folder)
+        self.report.sets[name] = SetReport.from_dict(meta)
         self.report.folders[name] = folder
-        check_vocabulary(rows.meta["max_token_id"], self.vocab_size, self.encoder.label)
-        return rows
+        check_vocabulary(meta["max_token_id"], self.vocab_size, self.encoder.label)
+        return folder
 
     def _row_folder(self, corpus: Corpus, held_out: float) -> Path:
         """Folder of the corpus's row sets, made if it is not there."""
