@@ -151,7 +151,8 @@ def test_non_contiguous_input_and_output_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("axis", ["columns", "rows"])
 @pytest.mark.parametrize("recompute_z", [True, False])
-def test_lower_precision(dtype, axis, recompute_z):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_lower_precision(dtype, axis, recompute_z, activation):
     """Reference: float64 from the same rounded inputs."""
     given = tensors(axis, shape=(100,))
     low = {
@@ -163,9 +164,9 @@ def test_lower_precision(dtype, axis, recompute_z):
         k: v.detach().double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
         for k, v in low.items()
     }
-    expected = value_and_gradients(defined, wide, "silu", axis)
+    expected = value_and_gradients(defined, wide, activation, axis)
     function = partial(lost_linear, recompute_z=recompute_z)
-    for name, ours in value_and_gradients(function, low, "silu", axis).items():
+    for name, ours in value_and_gradients(function, low, activation, axis).items():
         assert ours.dtype == (torch.float32 if name == "gamma" else dtype)
         assert_close(ours, expected[name], str(dtype).removeprefix("torch."), name)
 
