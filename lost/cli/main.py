@@ -12,13 +12,15 @@ from types import ModuleType
 from lost.cli.commands import COMMANDS, POSITIONAL
 from lost.config.section import nearest
 from lost.utils.errors import ConfigError, LostError, LostProcessError, TrainingError
+from lost.utils.launcher import tied_to_launcher
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return _dispatch(arguments)
+        with tied_to_launcher():
+            return _dispatch(arguments)
     except TrainingError as error:
         return _stopped(arguments, error, 1)
     except LostError as error:

@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from lost.config.schema import DeviceConfig, RuntimeConfig
 from lost.train.zero_setup import require_deepspeed, zero_accelerator
 from lost.utils.errors import ConfigError
+from lost.utils.launcher import num_own_threads
 
 # Dense bf16 peak without sparsity, TFLOP/s, from the makers' data sheets.
 GPU_PEAK_TFLOPS = {
@@ -131,8 +132,10 @@ def pick_precision(wanted: str, device: torch.device) -> str:
 
 
 def set_num_threads(config: DeviceConfig) -> None:
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    """As configured; else this process's share of the cores where torchrun would leave it with one thread."""
+    num_threads = config.num_threads or num_own_threads()
+    if num_threads:
+        torch.set_num_threads(num_threads)
 
 
 def start_runtime(config: RuntimeConfig) -> Runtime:
