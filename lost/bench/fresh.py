@@ -1,4 +1,4 @@
-"""A model with fresh weights, for the benchmarks that train one."""
+"""A model with fresh weights and the size of its batch, for the benchmarks that train one."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,3 +19,8 @@ def meta_model_and_fill(config: BenchConfig, runtime: Runtime) -> tuple[PreTrain
         initialise(model, config.parameterization, seed=0)
 
     return model, fill
+
+
+def num_rows_of(config: BenchConfig) -> int:
+    """Rows of one training step."""
+    return max(1, config.num_tokens // config.seq_len)

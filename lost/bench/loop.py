@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lost.accounting import flops_per_token
 from lost.assemble.pretrain import batches_of
-from lost.bench.fresh import meta_model_and_fill
+from lost.bench.fresh import meta_model_and_fill, num_rows_of
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, Timing, wait_for
 from lost.config.schema import (
@@ -96,10 +96,6 @@ def bench_loop(config: BenchConfig) -> BenchResult:
     return BenchResult(
         config, title, num_tokens, runtime.device, runtime.precision, torch.get_num_threads(), arms, base=WORK
     )
-
-
-def num_rows_of(config: BenchConfig) -> int:
-    return max(1, config.num_tokens // config.seq_len)
 
 
 def run_config(config: BenchConfig, folder: Path) -> PretrainConfig:

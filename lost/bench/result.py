@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class Arm:
 class BenchResult:
     """All arms of one run, compared with the arm `base`.
 
-    num_tokens is what one call of an arm works on; `device` and `precision` are what was picked.
+    num_tokens is what one call of an arm works on; `device` and `precision` are what was picked; `more_facts` go into
+    the JSON, `remark` below the table.
     """
 
     config: BenchConfig
@@ -40,6 +41,8 @@ class BenchResult:
     num_threads: int
     arms: dict[str, Arm]
     base: str = "dense"
+    more_facts: dict[str, Any] = field(default_factory=dict)
+    remark: str = ""
 
     def ratio_to_base(self, name: str) -> float:
         """Median over the rounds of: time over that of `base` in the same round."""
@@ -55,6 +58,7 @@ class BenchResult:
             "precision": self.precision,
             "num_threads": self.num_threads,
             "arms": {name: self._arm_facts(name) for name in self.arms},
+            **self.more_facts,
             "config": to_dict(self.config),
             "versions": versions(),
         }
@@ -101,6 +105,8 @@ class BenchResult:
     def print_and_write(self) -> Path | None:
         """Prints the table; writes `<to>/bench_<what>.json` where `to` is set and returns its path."""
         Console().print(self.table())
+        if self.remark:
+            Console().print(self.remark, highlight=False)
         if not self.config.to:
             return None
         path = Path(self.config.to) / f"bench_{self.config.what}.json"

@@ -151,7 +151,14 @@ def test_the_loop_is_a_real_run_and_its_steps_hold_the_work(tmp_path):
 
 def test_a_checkpoint_is_saved_and_resumed_each_round(tmp_path):
     result = run(tiny(what="checkpoint", to=str(tmp_path)))
-    assert list(result.arms) == ["save", "save in background", "resume"]
+    overhead = result.facts()["overhead"]
+    num_steps = overhead["window_steps"]
+    windows = [f"{num_steps} steps", f"{num_steps} steps and a save"]
+    assert list(result.arms) == ["save", "save in background", "resume", *windows]
     assert {len(arm.timing.seconds) for arm in result.arms.values()} == {3}
     assert "checkpoint of tiny, 0 MiB" in result.title
     assert [path.name for path in tmp_path.iterdir()] == ["bench_checkpoint.json"]
+    without, with_save = (result.arms[name].timing for name in windows)
+    added = [a - b for a, b in zip(with_save.seconds, without.seconds, strict=True)]
+    assert overhead["fraction"] == pytest.approx(sorted(added)[1] / without.median * num_steps / 100)
+    assert f"{overhead['fraction']:.2%} of 100 steps of 4 rows of 16 tokens" in result.remark
