@@ -241,7 +241,6 @@ def close_run(run: Run, state: TrainState, reached_the_end: bool) -> int:
     if run.runtime.is_main:
         write_status(run_dir, status, state.step, "" if reached_the_end else stop.reason)
     run.metrics.close()
-    run.engine.close()
     if run.runtime.is_main:
         # matplotlib takes seconds to import, and only the end of a run needs it.
         from lost.utils.plots import plot_run

@@ -482,7 +482,12 @@ class DeviceConfig(Section):
         " auto: bf16 on a GPU that has it, else fp32",
         "auto",
     )
-    num_threads: int = setting("CPU threads a process; 0: torch's choice", 0, at_least=0)
+    num_threads: int = setting(
+        "CPU threads a process; 0: torch's choice, but where torchrun has set OMP_NUM_THREADS=1 by itself the node's"
+        " cores divided by its processes",
+        0,
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -675,6 +680,6 @@ class BenchConfig(Section):
     out_features: int = setting("output width of what=layer", 1024, at_least=1)
     lost_rank: CountOrFraction = setting("rank of what=layer; what=step takes parameterization.lost_rank", 256)
     num_tokens: int = setting("tokens of one call", 2048, at_least=1, unit="tokens")
-    seq_len: int = setting("row length of what=step and loop", 256, at_least=2, unit="tokens")
+    seq_len: int = setting("row length of what=step, loop and checkpoint", 256, at_least=2, unit="tokens")
     repeats: int = setting("timed rounds; every round runs each arm once", 15, at_least=3)
     to: str = setting("folder of the JSON result; empty: print only", "")

@@ -134,15 +134,6 @@ def zero_problems(runtime: RuntimeConfig) -> list[str]:
     ]
 
 
-def rollback_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[str]:
-    if train.on_divergence == "stop" or not runtime.name.startswith("zero"):
-        return []
-    return [
-        f"train.on_divergence = rollback with runtime={runtime.name}: DeepSpeed cannot take back its weights within a"
-        " run; use runtime=ddp or fsdp2, or train.on_divergence=stop"
-    ]
-
-
 def profile_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[str]:
     needed = runtime.profile_steps + PROFILER_LEAD_STEPS
     if not runtime.profile_steps or needed <= train.num_steps:
@@ -277,7 +268,7 @@ def bench_layer_problems(what: str, in_features: int, out_features: int, paramet
 
 
 def bench_row_length_problems(what: str, seq_len: int, model: ModelConfig) -> list[str]:
-    return _row_length_problems("seq_len", seq_len, model) if what == "step" else []
+    return [] if what == "layer" else _row_length_problems("seq_len", seq_len, model)
 
 
 PREPARE_RULES: tuple[Rule, ...] = (
@@ -298,7 +289,7 @@ PREPARE_RULES: tuple[Rule, ...] = (
     pretrain_evaluation_problems,
 )
 RULES: dict[str, tuple[Rule, ...]] = {
-    "pretrain": (*PREPARE_RULES, process_problems, zero_problems, rollback_problems),
+    "pretrain": (*PREPARE_RULES, process_problems, zero_problems),
     "prepare": PREPARE_RULES,
     "evaluate": (
         needed_source_problems,

@@ -87,9 +87,6 @@ class Engine(ABC):
             CheckpointError: state for a parameter that the model does not have.
         """
 
-    def close(self) -> None:  # noqa: B027 - most engines hold nothing
-        """Lets go of what would outlive the group of processes; nothing else works after it."""
-
     def whole_tensors(self) -> dict[str, torch.Tensor]:
         """`model_tensors` gathered on process 0's CPU, one at a time; empty on the others. Called on every process."""
         whole = {}

@@ -5,7 +5,6 @@ on the parts that a process holds: norms, clipping, skipping, and the way to che
 are not used: loading them runs pickled code, and they fit one number of processes and one stage.
 """
 
-import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -160,15 +159,6 @@ class ZeroEngine(Engine):
                 shard = tensors[f"{name}/{key}"]
                 assert isinstance(shard, DTensor)
                 write_own(self._own_moment(parameter, key), parameter, shard.full_tensor())
-
-    def close(self) -> None:
-        # With zero3 every parameter refers to the process group in circles, and a group that is alive when the
-        # interpreter ends may abort it (gloo, torch 2.13).
-        self.wrapped.destroy()
-        for parameter in self.model.parameters():
-            vars(parameter).clear()
-        del self.wrapped, self.model, self.optimizer
-        gc.collect()
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """This process's part of every gradient, in the memory that the optimizer reads; maybe empty."""

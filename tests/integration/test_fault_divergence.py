@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,10 @@ from safetensors.torch import load_file
 
 import lost.assemble.pretrain
 import lost.train.trainer
-from lost.data import TokenRows, train_batches
+from lost.data import TokenRows
+from lost.testing.bad_steps import batches_without, carry_out_both
 from lost.testing.forked import carry_out
+from lost.testing.processes import run_processes
 from lost.testing.runs import losses, lost_here, read_metrics, tiny_run, write_corpus
 
 MICRO_STEPS = 2
@@ -75,24 +76,6 @@ def poison(monkeypatch, batches_of_steps):
     return Poison(monkeypatch, batches_of_steps)
 
 
-def without_steps(bad: set[int]):
-    """In the place of `batches_of`: the batches of an undisturbed run, some of whose steps are never read."""
-
-    def batches(config, prepared, *_) -> Iterator:
-        every = train_batches(
-            prepared.train,
-            seed=config.seed,
-            first_step=1,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            process_index=0,
-            num_processes=1,
-        )
-        yield from (batch for step, batch in enumerate(every, start=1) if step not in bad)
-
-    return batches
-
-
 @pytest.mark.parametrize("runtime", ["single", "fsdp2"])
 def test_going_back_gives_the_run_that_never_saw_the_bad_rows(tmp_path, corpus, monkeypatch, poison, runtime):
     options = ("evaluation.every_steps=5", f"runtime={runtime}")
@@ -102,7 +85,7 @@ def test_going_back_gives_the_run_that_never_saw_the_bad_rows(tmp_path, corpus, 
     assert counters(tmp_path / "run", 12)["left_out"] == [[6, 7]]
     assert counters(tmp_path / "run", 12)["num_rollbacks"] == 1
 
-    monkeypatch.setattr(lost.assemble.pretrain, "batches_of", without_steps({6, 7}))
+    monkeypatch.setattr(lost.assemble.pretrain, "batches_of", batches_without({6, 7}))
     assert lost_here(*command(tmp_path / "never", corpus, *options)) == 0
     assert final(tmp_path / "run") == final(tmp_path / "never")
     ours = read_metrics(tmp_path / "run")
@@ -110,6 +93,37 @@ def test_going_back_gives_the_run_that_never_saw_the_bad_rows(tmp_path, corpus, 
     assert [line for line in ours if "went_back_from" in line] == [
         {"step": 4, "went_back_from": 7, "num_rollbacks": 1},
     ]
+
+
+ZERO = [("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "bf16")]
+
+
+@pytest.fixture(scope="module")
+def zero_runs(tmp_path_factory, corpus) -> Path:
+    """Runs of ZeRO on two processes, of which the second has NaNs in steps 6 and 7, and such that never saw them."""
+    folder = tmp_path_factory.mktemp("zero")
+    pairs = []
+    for stage, precision in ZERO:
+        keys = [
+            f"runtime={stage}",
+            f"runtime.precision={precision}",
+            "train.micro_batch_size=2",
+            "evaluation.every_steps=0",
+        ]
+        names = (f"{stage}_{precision}", f"{stage}_{precision}_never")
+        pairs.append(tuple(command(folder / name, corpus, *keys) for name in names))
+    results = run_processes(carry_out_both, folder / "group", pairs, {6, 7})
+    assert results == [[0] * 2 * len(ZERO)] * 2
+    return folder
+
+
+@pytest.mark.parametrize("case", ZERO, ids="-".join)
+def test_with_zero_too_it_is_the_run_that_never_saw_the_bad_rows(zero_runs, case):
+    run, never = zero_runs / "_".join(case), zero_runs / f"{'_'.join(case)}_never"
+    assert counters(run, 12)["left_out"] == [[6, 7]]
+    assert counters(never, 12)["left_out"] == []
+    assert [line for line in read_metrics(run) if "went_back_from" not in line] == read_metrics(never)
+    assert final(run) == final(never)
 
 
 @pytest.mark.parametrize("moment", [7.5, 9.5], ids=["just after", "after a later checkpoint"])
@@ -132,7 +146,7 @@ def test_the_next_rows_may_be_bad_too(tmp_path, corpus, monkeypatch, poison):
     assert lost_here(*command(tmp_path / "run", corpus)) == 0
     assert counters(tmp_path / "run", 12)["left_out"] == [[6, 9]]
     assert counters(tmp_path / "run", 12)["num_rollbacks"] == 2
-    monkeypatch.setattr(lost.assemble.pretrain, "batches_of", without_steps({6, 7, 8, 9}))
+    monkeypatch.setattr(lost.assemble.pretrain, "batches_of", batches_without({6, 7, 8, 9}))
     assert lost_here(*command(tmp_path / "never", corpus)) == 0
     assert final(tmp_path / "run") == final(tmp_path / "never")
 
