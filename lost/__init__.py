@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lost.model import LostLinear, LostLlamaConfig, LostLlamaForCausalLM, inject
 
 _HOMES = {
-    "LostConfig": "lost.config.schema",
+    "LostConfig": "lost.config.model",
     "LostLinear": "lost.model",
     "LostLlamaConfig": "lost.model",
     "LostLlamaForCausalLM": "lost.model",

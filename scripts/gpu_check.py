@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from lost.accounting import flops_per_token  # noqa: E402
-from lost.config.schema import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig  # noqa: E402
+from lost.config.model import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig  # noqa: E402
 from lost.model import LostLinear, build_model  # noqa: E402
 
 # An item is begun only if this much of the time is left; one that then hangs is cut off at the deadline.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lost.accounting.shapes import LinearShape, head_linear, linear_shapes
 from lost.accounting.targets import LostShape, lost_shapes
-from lost.config.schema import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig
+from lost.config.model import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig
 from lost.utils.errors import ConfigError
 
 # As in lost_kernels.lost_linear.autograd_impl, which needs torch and is not imported here.

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lost.accounting import count_parameters
-from lost.config.schema import DenseConfig, PretrainConfig
+from lost.config.model import DenseConfig
+from lost.config.schema import PretrainConfig
 from lost.config.section import to_dict
 from lost.export import CardFacts
 from lost.utils.metrics_file import read_metrics

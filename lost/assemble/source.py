@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lost.assemble.load import load_model
-from lost.config.schema import DenseConfig, ModelConfig, ParameterizationConfig, PretrainConfig
+from lost.config.model import DenseConfig, ModelConfig, ParameterizationConfig
+from lost.config.schema import PretrainConfig
 from lost.config.section import build
 from lost.model import LostLlamaConfig
 from lost.model.build import build_meta_model, initialise, llama_config

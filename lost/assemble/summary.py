@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lost.accounting import count_parameters
-from lost.config.schema import DenseConfig, PretrainConfig, StdlibDataConfig
+from lost.config.data import StdlibDataConfig
+from lost.config.model import DenseConfig
+from lost.config.schema import PretrainConfig
 from lost.config.section import to_dict
 from lost.data import Mixture, Prepared
 from lost.train.runtime import Runtime

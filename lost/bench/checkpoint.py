@@ -21,7 +21,9 @@ from lost.checkpoint import CheckpointManager
 from lost.checkpoint.io import read_json
 from lost.checkpoint.manager import FACTS_NAME
 from lost.checkpoint.shards import Groups, read_into
-from lost.config.schema import AdamWConfig, BenchConfig, CheckpointConfig, RuntimeConfig
+from lost.config.runtime import CheckpointConfig, RuntimeConfig
+from lost.config.schema import BenchConfig
+from lost.config.training import AdamWConfig
 from lost.train.engine import Engine, build_engine
 from lost.train.runtime import Runtime, start_runtime
 from lost.train.state import TrainState, snapshot

@@ -16,18 +16,10 @@ from lost.assemble.pretrain import batches_of
 from lost.bench.fresh import meta_model_and_fill, num_rows_of
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, Timing, wait_for
-from lost.config.schema import (
-    AdamWConfig,
-    BenchConfig,
-    CheckpointConfig,
-    CosineScheduleConfig,
-    LoggingConfig,
-    PretrainConfig,
-    RuntimeConfig,
-    TextFilesDataConfig,
-    TrainConfig,
-    TrainEvaluationConfig,
-)
+from lost.config.data import TextFilesDataConfig
+from lost.config.runtime import CheckpointConfig, LoggingConfig, RuntimeConfig, TrainEvaluationConfig
+from lost.config.schema import BenchConfig, PretrainConfig
+from lost.config.training import AdamWConfig, CosineScheduleConfig, TrainConfig
 from lost.data import prepare
 from lost.train.engine import Fill, TorchEngine
 from lost.train.metrics import MetricsLogger, Progress

@@ -8,7 +8,10 @@ from transformers import PreTrainedModel
 
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, SavedBytes, time_interleaved
-from lost.config.schema import AdamWConfig, BenchConfig, DenseConfig, RuntimeConfig
+from lost.config.model import DenseConfig
+from lost.config.runtime import RuntimeConfig
+from lost.config.schema import BenchConfig
+from lost.config.training import AdamWConfig
 from lost.model import build_model
 from lost.train.optim import build_optimizer
 from lost.train.runtime import pick_device, pick_precision, set_num_threads

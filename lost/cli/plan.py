@@ -13,7 +13,8 @@ from lost.accounting.shapes import block_linears
 from lost.accounting.sharding import SPLIT_PARTS, memory_over_devices
 from lost.accounting.targets import lost_shapes
 from lost.config.choices import choices, read_yaml
-from lost.config.schema import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig, PlanConfig
+from lost.config.model import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig
+from lost.config.schema import PlanConfig
 from lost.config.section import build
 from lost.utils.errors import ConfigError
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lost.config.schema import C4DataConfig, DataConfig, PretrainConfig
+from lost.config.data import C4DataConfig, DataConfig
+from lost.config.schema import PretrainConfig
 from lost.utils.files import cache_folder
 from lost.utils.hub import (
     ADVICE_FOR_DOCUMENTS,

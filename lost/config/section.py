@@ -14,6 +14,10 @@ from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 from lost.utils.errors import ConfigError
 
 S = TypeVar("S", bound="Section")
+# An int is a count; a float above 0 and up to 1 is a fraction of what the key's doc names.
+CountOrFraction = int | float
+# The field to blame and the rule: see Section.cross_rules.
+CrossRule = tuple[str, Callable[[], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Section:
         if problems:
             raise ConfigError(problems)
 
-    def cross_rules(self) -> list[tuple[str, Callable[[], list[str]]]]:
+    def cross_rules(self) -> list[CrossRule]:
         """Rules between fields of this section: the field to blame, and a function that returns problems.
 
         A rule is one sentence: a problem of another field must not hide it (see `assessed`).
@@ -320,3 +324,10 @@ def to_dict(section: Section) -> dict[str, Any]:
         value = getattr(section, item.name)
         result[item.name] = to_dict(value) if isinstance(value, Section) else value
     return result
+
+
+def count_or_fraction_problem(key: str, value: CountOrFraction, of: str, minimum: int = 1) -> list[str]:
+    """The problem of an int below `minimum` or a float outside (0, 1], as a list of at most one."""
+    if isinstance(value, int):
+        return [] if value >= minimum else [f"{key} = {value}: a count must be at least {minimum}"]
+    return [] if 0 < value <= 1 else [f"{key} = {value}: a fraction of {of} must be above 0 and at most 1"]

@@ -10,20 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lost.config.schema import (
-    CheckpointConfig,
-    CountOrFraction,
-    DataConfig,
-    EvaluationConfig,
-    LostConfig,
-    ModelConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-    TextFilesDataConfig,
-    TrainConfig,
-    WsdScheduleConfig,
-)
-from lost.config.section import Section, assessed, hints_of, nearest, problems_of
+from lost.config.data import DataConfig, TextFilesDataConfig
+from lost.config.model import LostConfig, ModelConfig
+from lost.config.runtime import CheckpointConfig, EvaluationConfig, RuntimeConfig
+from lost.config.section import CountOrFraction, Section, assessed, hints_of, nearest, problems_of
+from lost.config.training import ScheduleConfig, TrainConfig, WsdScheduleConfig
 
 Rule = Callable[..., list[str]]
 # The profiler lets this many steps pass before it records.

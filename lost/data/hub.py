@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lost.config.schema import C4DataConfig
+from lost.config.data import C4DataConfig
 from lost.data.files import Piece, document_pieces
 from lost.data.sources import Corpus, Sources
 from lost.utils.errors import DataError, InterruptedDataError

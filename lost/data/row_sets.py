@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lost.config.schema import C4DataConfig, DataConfig
+from lost.config.data import C4DataConfig, DataConfig
 from lost.data.cache import key_of, made_once
 from lost.data.corpus_rows import CorpusRows, is_held_out
 from lost.data.encoding import processes_to_use, tokenizer_threads

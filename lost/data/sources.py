@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from lost.config.schema import C4DataConfig, DataConfig, StdlibDataConfig, TextFilesDataConfig
+from lost.config.data import C4DataConfig, DataConfig, StdlibDataConfig, TextFilesDataConfig
 from lost.data.files import Piece, hash_key, read_text, reader_of
 from lost.utils.errors import DataError
 

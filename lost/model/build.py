@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lost.accounting.costs import linear_costs
-from lost.config.schema import DenseConfig, ModelConfig, ParameterizationConfig
+from lost.config.model import DenseConfig, ModelConfig, ParameterizationConfig
 from lost.config.section import to_dict
 from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM
 from lost.model.lost_init import FreshWeight, factorisation_cost, layer_generator

@@ -11,7 +11,8 @@ from lost_kernels.lost_linear import lost_linear
 from torch import Tensor, nn
 
 from lost.accounting.targets import kept_count, rank_count
-from lost.config.schema import Activation, CountOrFraction, LostConfig
+from lost.config.model import Activation, LostConfig
+from lost.config.section import CountOrFraction
 from lost.model.drawn_init import draw_factors
 from lost.model.lost_init import FreshWeight, factorise
 from lost.utils.errors import ConfigError, ShapeError

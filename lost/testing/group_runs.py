@@ -9,7 +9,9 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from lost.config.schema import AdamWConfig, LostConfig, ModelConfig, RuntimeConfig
+from lost.config.model import LostConfig, ModelConfig
+from lost.config.runtime import RuntimeConfig
+from lost.config.training import AdamWConfig
 from lost.model.build import build_meta_model, initialise, materialise
 from lost.model.split import Processes, write
 from lost.testing.runs import lost_here

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lost.config.schema import AdamWConfig, OptimizerConfig
+from lost.config.training import AdamWConfig, OptimizerConfig
 from lost.utils.errors import CheckpointError
 
 

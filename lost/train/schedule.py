@@ -2,13 +2,8 @@
 
 import math
 
-from lost.config.schema import (
-    CosineScheduleConfig,
-    CountOrFraction,
-    LinearScheduleConfig,
-    ScheduleConfig,
-    WsdScheduleConfig,
-)
+from lost.config.section import CountOrFraction
+from lost.config.training import CosineScheduleConfig, LinearScheduleConfig, ScheduleConfig, WsdScheduleConfig
 
 
 def resolve_steps(value: CountOrFraction, num_steps: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lost.cli.main import main
-from lost.config.schema import TextFilesDataConfig
+from lost.config.data import TextFilesDataConfig
 from lost.data import PreparationBar, prepare
 from lost.data.report import Progress
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from lost.config.schema import C4DataConfig, StdlibDataConfig, TextFilesDataConfig
+from lost.config.data import C4DataConfig, StdlibDataConfig, TextFilesDataConfig
 from lost.data import corpus_rows, files, prepare, prepare_validation, row_sets
 from lost.testing.tiny import tiny_tokenizer
 from lost.utils.errors import DataError

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from lost.config.schema import C4DataConfig
+from lost.config.data import C4DataConfig
 from lost.data import TokenStream, prepare, train_batches
 from lost.testing.runs import TINY_MODEL, losses, lost_here
 from lost.testing.tiny import tiny_tokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lost.config.schema import DenseConfig, LostConfig, ModelConfig
+from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model import build_model, inject
 from lost.model.split import Piece, Processes, deal, own_tensors, shared_values, write
 from lost.testing.processes import run_processes

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lost.config.schema import DenseConfig, LostConfig, ModelConfig
+from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model import LostLinear, build_model, inject
 from lost.model.drawn_init import draw_factors, haar, largest_singular_values, singular_values_of_gaussian
 from lost.model.lost_init import Factors, FreshWeight, factorise

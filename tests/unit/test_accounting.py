@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lost.accounting import count_parameters, flops_per_token, forward_flops
 from lost.accounting.costs import linear_costs
 from lost.cli.plan import packaged_model
-from lost.config.schema import DenseConfig, LostConfig, ModelConfig
+from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model.build import build_meta_model, build_model
 from lost.utils.errors import ConfigError
 

@@ -8,7 +8,7 @@ from lost.accounting import GIB, memory_per_device, state_bytes
 from lost.accounting.costs import linear_costs
 from lost.accounting.memory import block_activation_bytes
 from lost.cli.plan import packaged_model
-from lost.config.schema import DenseConfig, LostConfig, ModelConfig
+from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model import build_model
 from lost.testing.live_memory import LiveBytes
 from lost.train.loss import token_loss_sum

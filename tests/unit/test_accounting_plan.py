@@ -10,7 +10,7 @@ from lost.accounting import GIB, count_parameters, memory_per_device
 from lost.cli import plan
 from lost.config.choices import choices
 from lost.config.compose import compose
-from lost.config.schema import DenseConfig, LostConfig
+from lost.config.model import DenseConfig, LostConfig
 
 
 def printed(capsys, *overrides: str) -> str:

@@ -6,15 +6,9 @@ from dataclasses import dataclass
 import pytest
 
 from lost.checkpoint import check_same, differences, fixed_keys
-from lost.config.schema import (
-    AdamWConfig,
-    DenseConfig,
-    LostConfig,
-    ModelConfig,
-    ParameterizationConfig,
-    TrainConfig,
-)
+from lost.config.model import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig
 from lost.config.section import Section, setting, to_dict
+from lost.config.training import AdamWConfig, TrainConfig
 from lost.utils.errors import CheckpointError
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lost.config.schema import C4DataConfig, StdlibDataConfig, TextFilesDataConfig
+from lost.config.data import C4DataConfig, StdlibDataConfig, TextFilesDataConfig
 from lost.data.sources import open_sources, stdlib_corpus
 from lost.utils.errors import ConfigError, DataError
 

@@ -10,15 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lost.config.schema import (
-    AdamWConfig,
-    CheckpointConfig,
-    ConstantScheduleConfig,
-    LoggingConfig,
-    RuntimeConfig,
-    TrainConfig,
-    TrainEvaluationConfig,
-)
+from lost.config.runtime import CheckpointConfig, LoggingConfig, RuntimeConfig, TrainEvaluationConfig
+from lost.config.training import AdamWConfig, ConstantScheduleConfig, TrainConfig
 from lost.train.engine import build_engine
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.profile import StepProfiler

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lost.config.schema import AdamWConfig, RuntimeConfig
+from lost.config.runtime import RuntimeConfig
+from lost.config.training import AdamWConfig
 from lost.train.loss import token_loss_sum
 from lost.train.norms import clip_gradients, group_norms, group_of
 from lost.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors

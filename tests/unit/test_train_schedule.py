@@ -4,12 +4,7 @@ import math
 
 import pytest
 
-from lost.config.schema import (
-    ConstantScheduleConfig,
-    CosineScheduleConfig,
-    LinearScheduleConfig,
-    WsdScheduleConfig,
-)
+from lost.config.training import ConstantScheduleConfig, CosineScheduleConfig, LinearScheduleConfig, WsdScheduleConfig
 from lost.train.schedule import learning_rate_at
 
 PEAK, NUM_STEPS = 0.3, 50

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lost.config.schema import DenseConfig, LostConfig, ParameterizationConfig
+from lost.config.model import DenseConfig, LostConfig, ParameterizationConfig
 from lost.model.lost_init import FreshWeight
 from lost.model.parameterizations.dense import Dense
 from lost.model.parameterizations.lost import Lost

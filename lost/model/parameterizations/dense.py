@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lost.config.schema import DenseConfig
+from lost.config.model import DenseConfig
 from lost.model.lost_init import FreshWeight
 
 
