@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from lost.testing.processes import PRELOADED
+from lost.testing.processes import LIMIT_SECONDS, fork_context
 
 
 class Forked:
@@ -26,8 +26,7 @@ class Forked:
 
     def __init__(self, folder: Path, arguments: list[str], count: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, "lost.assemble.pretrain", "lost.cli.main", __name__])
+        context = fork_context()
         self._outputs = [folder / f"output_{index}.txt" for index in range(count)]
         # As under torchrun the meeting point outlives every process of the group.
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if count > 1 else None
@@ -60,7 +59,7 @@ class Forked:
         """Whether every process still is."""
         return all(process.exitcode is None for process in self.processes)
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> None:
         """Returns as soon as the condition holds; fails if a process ends before."""
         end = time.monotonic() + seconds
         while not condition():
@@ -69,7 +68,7 @@ class Forked:
             assert time.monotonic() < end, f"the moment did not come within {seconds:g} s"
             time.sleep(0.002)
 
-    def exit_code(self, index: int = 0, seconds: float = 120) -> int | None:
+    def exit_code(self, index: int = 0, seconds: float = LIMIT_SECONDS) -> int | None:
         """Waits for the end of a process; negative: killed by that signal."""
         self.processes[index].join(seconds)
         assert self.processes[index].exitcode is not None, f"process {index} still runs after {seconds:g} s"
@@ -94,6 +93,8 @@ def _run(arguments: list[str], index: int, count: int, port: int, output: Path) 
         os.dup2(descriptor, standard)
     # The session's leader, as a command of a shell is: signals to the test do not reach it.
     os.setsid()
+    # Processes of its own it starts as a command does, not by way of another fork server, which signals would end.
+    multiprocessing.set_start_method(None, force=True)  # pyright: ignore[reportArgumentType]
     if count > 1:
         names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         os.environ |= {name: str(value) for name, value in names.items()}

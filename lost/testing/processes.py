@@ -8,8 +8,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A clean process imports these once, and every worker is a fork of it.
-PRELOADED = ["lost.model", "torch.distributed.fsdp", "torch.distributed.tensor"]
+# To end what hangs, and nothing else: on a busy machine a run of seconds takes minutes.
+LIMIT_SECONDS = 300
+
+# A clean process imports these once, and every worker is a fork of it. What a command loads late is here too.
+_PRELOADED = [
+    "lost.model",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "lost.assemble.pretrain",
+    "lost.cli.main",
+    "lost.cli.pretrain",
+    "lost.cli.run_defaults",
+    "lost.config.compose",
+    "lost.utils.plots",
+    "hydra",
+    "lost.testing.forked",
+]
+# Loaded by accelerate as soon as a run ends. It asks for a GPU, after which no fork can use one.
+_PRELOADED_WITHOUT_GPU = ["deepspeed", "lost.train.zero"]
+
+
+def fork_context() -> Any:
+    """Starts processes as forks of a clean one, which is the same for all tests of a session."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED + ([] if torch.cuda.is_available() else _PRELOADED_WITHOUT_GPU))
+    return context
 
 
 def run_processes(work: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2) -> list[Any]:
@@ -22,8 +46,7 @@ def run_processes(work: Callable[..., Any], folder: Path, *arguments: Any, count
         count: number of processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_context()
     started = [
         context.Process(target=_worker, args=(work, index, count, folder, arguments), daemon=True)
         for index in range(count)
@@ -31,11 +54,11 @@ def run_processes(work: Callable[..., Any], folder: Path, *arguments: Any, count
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=120)
+        process.join(LIMIT_SECONDS)
     codes = [process.exitcode for process in started]
     for process in started:
         process.kill()
-    assert codes == [0] * count, f"exit codes {codes}; None means still running after 120 s"
+    assert codes == [0] * count, f"exit codes {codes}; None means still running after {LIMIT_SECONDS} s"
     return [torch.load(folder / f"result_{index}.pt", weights_only=True) for index in range(count)]
 
 

@@ -61,6 +61,17 @@ def fork(target: Callable[..., None], *arguments: Any) -> Any:
     return process
 
 
+def newest_of(folder: Path) -> int:
+    return max((int(path.name.removeprefix("step_")) for path in folder.glob("step_*")), default=0)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "no checkpoint came within 120 s"
+        time.sleep(0.001)
+
+
 def test_a_checkpoint_survives_a_kill_at_any_moment(tmp_path):
     """After each of many kills: the newest checkpoint loads, is no older than before, and holds one step only."""
     folder = tmp_path / "checkpoints"
@@ -71,7 +82,10 @@ def test_a_checkpoint_survives_a_kill_at_any_moment(tmp_path):
         process = fork(save_for_ever, folder, newest_step + 1, started)
         # Not counted: how long a busy machine takes to fork.
         assert started.wait(120)
-        time.sleep(moments.uniform(0.02, 0.25))
+        # Some moments after so many more saves, however long those take here.
+        wanted = newest_step + moments.randint(0, 2)
+        wait_until(lambda: newest_of(folder) >= wanted)  # noqa: B023
+        time.sleep(moments.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         num_in_the_middle += any(folder.glob(".tmp_*"))

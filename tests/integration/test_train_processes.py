@@ -5,6 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from lost.testing.forked import carry_out
 from lost.testing.runs import losses, read_metrics, succeed, tiny_run, write_corpus
 
 
@@ -16,9 +17,9 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, corpus):
     """20 steps on one process, micro-batch 8."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    succeed(*tiny_run(run_dir, corpus, "train.max_steps=20", "train.micro_batch_size=8"))
-    return run_dir
+    folder = tmp_path_factory.mktemp("single")
+    carry_out(folder / "output", tiny_run(folder / "run", corpus, "train.max_steps=20", "train.micro_batch_size=8"))
+    return folder / "run"
 
 
 def relative_differences(ours, theirs):
@@ -34,7 +35,7 @@ def test_the_same_command_gives_the_same_losses_and_weights_bit_for_bit(single, 
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_two_processes_with_micro_batch_4_give_the_losses_of_one_with_8(single, corpus, tmp_path):
+def test_two_processes_under_torchrun_with_micro_batch_4_give_the_losses_of_one_with_8(single, corpus, tmp_path):
     run_dir = tmp_path / "two"
     succeed(*tiny_run(run_dir, corpus, "train.max_steps=20", "train.micro_batch_size=4"), num_processes=2)
     assert len(losses(run_dir)) == 20
@@ -49,5 +50,5 @@ def test_two_processes_with_micro_batch_4_give_the_losses_of_one_with_8(single, 
 def test_another_seed_gives_other_losses(single, corpus, tmp_path):
     """Negative control of the two tests above."""
     run_dir = tmp_path / "other"
-    succeed(*tiny_run(run_dir, corpus, "train.max_steps=3", "train.micro_batch_size=8", "seed=1"))
+    carry_out(tmp_path, tiny_run(run_dir, corpus, "train.max_steps=3", "train.micro_batch_size=8", "seed=1"))
     assert min(relative_differences(losses(run_dir), losses(single)[:3])) > 1e-4

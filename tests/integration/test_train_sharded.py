@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from lost.checkpoint import CheckpointManager
-from lost.testing.runs import losses, lost, read_metrics, succeed, tiny_run, write_corpus
+from lost.testing.forked import Forked, carry_out
+from lost.testing.runs import losses, read_metrics, tiny_run, write_corpus
 
 FSDP2 = "runtime=fsdp2"
 DDP = "runtime=ddp"
@@ -23,9 +24,9 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, corpus):
     """20 steps of one process."""
-    run_dir = tmp_path_factory.mktemp("alone") / "run"
-    succeed(*command(run_dir, corpus, "runtime=single"))
-    return run_dir
+    folder = tmp_path_factory.mktemp("alone")
+    carry_out(folder / "output", command(folder / "run", corpus, "runtime=single"))
+    return folder / "run"
 
 
 def command(run_dir, corpus, *overrides):
@@ -44,9 +45,9 @@ def assert_same_losses(ours, theirs, limit=1e-5):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, corpus):
     """20 steps of two processes with fsdp2, its first checkpoint kept as well."""
-    run_dir = tmp_path_factory.mktemp("sharded") / "run"
-    succeed(*command(run_dir, corpus, FSDP2), num_processes=2)
-    return run_dir
+    folder = tmp_path_factory.mktemp("sharded")
+    carry_out(folder / "output", command(folder / "run", corpus, FSDP2), count=2)
+    return folder / "run"
 
 
 def test_fsdp2_on_two_processes_gives_the_losses_of_one(sharded, alone):
@@ -79,7 +80,7 @@ def continued(tmp_path, corpus, half, runtime, num_processes):
     shutil.copytree(half, run_dir)
     shutil.rmtree(run_dir / "final")
     shutil.rmtree(run_dir / "checkpoints" / "step_00000020")
-    succeed(*command(run_dir, corpus, runtime), num_processes=num_processes)
+    carry_out(tmp_path / "output", command(run_dir, corpus, runtime), num_processes)
     return run_dir
 
 
@@ -98,18 +99,18 @@ def test_a_run_moves_between_runtimes_and_process_counts(
 
 def test_hybrid_sharding_recompute_and_compiled_blocks(tmp_path, corpus, alone):
     options = ("runtime.recompute=block", "runtime.replicas=2", "train.micro_batch_size=2")
-    succeed(*command(tmp_path / "run", corpus, FSDP2, *options), num_processes=2)
+    carry_out(tmp_path / "output", command(tmp_path / "run", corpus, FSDP2, *options), count=2)
     assert_same_losses(tmp_path / "run", alone)
 
 
 def test_replicas_that_do_not_divide_the_processes_are_refused(tmp_path, corpus):
-    done = lost(*command(tmp_path / "run", corpus, FSDP2, "runtime.replicas=3"), num_processes=2)
-    assert done.returncode != 0
-    assert "runtime.replicas = 3 does not divide the 2 processes" in done.stderr
+    with Forked(tmp_path / "output", command(tmp_path / "run", corpus, FSDP2, "runtime.replicas=3"), count=2) as forked:
+        assert forked.exit_codes() == [2, 2]
+        assert "runtime.replicas = 3 does not divide the 2 processes" in forked.output()
 
 
 def test_one_process_needs_no_launcher(tmp_path, corpus, alone):
-    succeed(*command(tmp_path / "run", corpus, FSDP2))
+    carry_out(tmp_path / "output", command(tmp_path / "run", corpus, FSDP2))
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-6)
     facts = json.loads((CheckpointManager(tmp_path / "run/checkpoints").complete()[-1] / "state.json").read_text())
     assert facts["runtime"] == "fsdp2"

@@ -2,10 +2,12 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+import lost.train.watch as watch_module
 from lost.train.state import TrainState
 from lost.train.watch import Watch, words_about_others
 from lost.utils.errors import LostProcessError
@@ -69,26 +71,39 @@ def test_only_failures_of_the_group_are_renamed(error, is_of_the_group):
 
 
 @pytest.mark.usefixtures("group")
-def test_a_step_that_takes_too_long_is_reported_once():
-    state, messages = TrainState(step=3), []
+def test_a_step_that_takes_too_long_is_reported_once(monkeypatch):
+    state, messages, now = TrainState(step=3), [], [0.0]
+    monkeypatch.setattr(watch_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
+    store = dist.PrefixStore("lost_steps", dist.distributed_c10d._get_default_store())  # pyright: ignore
 
-    def wait_for(count):
+    def wait_until(condition):
         end = time.monotonic() + 60
-        while len(messages) < count:
+        while not condition():
             assert time.monotonic() < end, messages
-            time.sleep(0.01)
+            time.sleep(0.001)
 
-    with Watch(state, 0, 0.6, messages.append) as watch:
-        for _ in range(20):
+    def wait_for_beats():
+        """Until a whole round of the watching thread lies behind us."""
+        first = int(store.get("process_0").split()[1])
+        wait_until(lambda: int(store.get("process_0").split()[1]) >= first + 2)
+
+    with Watch(state, 0, 10, messages.append, beat_seconds=0.005) as watch:
+        for _ in range(5):
+            now[0] += 8
+            wait_for_beats()
             watch.touch()
-            time.sleep(0.05)
         assert messages == []
-        wait_for(1)
-        assert messages[0].startswith("process 0 has been in step 3 for ")
-        time.sleep(0.8)
+        now[0] += 9.6
+        wait_until(lambda: messages)
+        assert messages[0].startswith("process 0 has been in step 3 for 10 s: ")
+        now[0] += 20
+        wait_for_beats()
         assert len(messages) == 1
         state.step = 4
-        wait_for(2)
+        wait_for_beats()
+        assert len(messages) == 1
+        now[0] += 9.6
+        wait_until(lambda: len(messages) == 2)
         assert messages[1].startswith("process 0 has been in step 4 for ")
 
 
