@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 
-from lost.testing.runs import lost_here, read_metrics, start, tiny_run, write_corpus
+from lost.testing.forked import Forked
+from lost.testing.runs import lost_here, read_metrics, tiny_run, write_corpus
 
-KEYS = ["train.max_steps=300", "evaluation.every_steps=0", "checkpoint.every_steps=0"]
+KEYS = ["train.max_steps=80", "evaluation.every_steps=0", "checkpoint.every_steps=0"]
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,9 @@ def unbroken(tmp_path_factory, corpus):
     return run_dir
 
 
-def wait_for_steps(run_dir, process, num_lines):
-    deadline = time.monotonic() + 240
+def num_lines(run_dir):
     path = run_dir / "metrics.jsonl"
-    while not (path.is_file() and path.read_bytes().count(b"\n") > num_lines):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "the run never trained a step"
-        time.sleep(0.02)
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 @pytest.mark.parametrize(
@@ -41,15 +37,14 @@ def wait_for_steps(run_dir, process, num_lines):
 def test_a_signal_saves_and_the_same_command_goes_on(unbroken, corpus, tmp_path, name, keys):
     run_dir = tmp_path / "run"
     command = tiny_run(run_dir, corpus, *KEYS, *keys)
-    process = start(*command)
-    wait_for_steps(run_dir, process, 5)
-    # As launchers do: to the process and whatever it started.
-    os.killpg(process.pid, signal.Signals[name])
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1, errors
-    assert "stopping: finishing this step" in errors
+    with Forked(tmp_path / "output", command) as forked:
+        forked.wait_until(lambda: num_lines(run_dir) > 5)
+        # As launchers do: to the process and whatever it started.
+        os.killpg(forked.processes[0].pid, signal.Signals[name])
+        assert forked.exit_code() == 1, forked.output()
+        assert "stopping: finishing this step" in forked.output()
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("preempted", f"received {name}")
-    assert 5 <= status["step"] < 300
+    assert 5 <= status["step"] < 80
     assert lost_here(*command) == 0
     assert read_metrics(run_dir) == read_metrics(unbroken)
