@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lost.checkpoint import read_status, write_status
-from lost.testing.runs import lost, lost_here, read_metrics, start, succeed, tiny_run, write_corpus
+from lost.testing.forked import carry_out
+from lost.testing.runs import lost_here, read_metrics, start, succeed, tiny_run, write_corpus
 
 # Wide enough that a checkpoint takes milliseconds to write and a step to compute.
 OVERRIDES = [
@@ -112,9 +113,9 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, corpus) -> Path:
-    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    succeed(*command(run_dir, corpus))
-    return run_dir
+    folder = tmp_path_factory.mktemp("unbroken")
+    carry_out(folder / "output", command(folder / "run", corpus))
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +177,8 @@ def test_with_its_newest_checkpoint_damaged_it_goes_on_from_the_one_before(broke
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 4
     damaged.write_bytes(data)
-    done = lost(*command(run_dir, corpus))
-    assert done.returncode == 0, done.stderr
-    assert f"{damaged} is damaged" in " ".join(done.stderr.split())
+    outputs = carry_out(tmp_path / "output", command(run_dir, corpus))
+    assert f"{damaged} is damaged" in outputs[0]
     assert_same_run(run_dir, unbroken)
 
 

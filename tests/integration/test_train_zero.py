@@ -27,20 +27,31 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, name, num_steps, count, *overrides):
-    """Trains <folder>/<name> up to a step, on `count` processes."""
+def command(folder, name, num_steps, *overrides):
+    """Trains <folder>/<name> up to a step."""
     steps = (f"train.max_steps={num_steps}", "checkpoint.every_steps=0", "evaluation.every_steps=10")
-    command = tiny_run(folder / name, folder / "corpus.jsonl", *FORM, NORMS, *steps, *overrides)
+    return tiny_run(folder / name, folder / "corpus.jsonl", *FORM, NORMS, *steps, *overrides)
+
+
+def carry_out(folder, count, *commands):
+    """One after the other in one group of `count` processes, whose start takes longer than such a run."""
     meeting = folder / f"group_{len(list(folder.glob('group_*')))}"
-    statuses = run_processes(group_runs.carry_out, meeting, [command], count=count)
-    assert statuses == [[0]] * count
-    return folder / name
+    statuses = run_processes(group_runs.carry_out, meeting, commands, count=count)
+    assert statuses == [[0] * len(commands)] * count
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
     """20 steps of one process without DeepSpeed."""
-    return train(folder, "alone", 20, 1, "runtime=single")
+    carry_out(folder, 1, command(folder, "alone", 20, "runtime=single"))
+    return folder / "alone"
+
+
+@pytest.fixture(scope="module")
+def on_two(folder):
+    """The folder of runs of 20 steps on two processes, named by their stage."""
+    carry_out(folder, 2, *(command(folder, stage, 20, f"runtime={stage}") for stage in STAGES))
+    return folder
 
 
 def by_step(run_dir, key):
@@ -57,8 +68,8 @@ def assert_same(run_dir, other, keys, limit):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_and_norms_on_two_processes_are_those_of_one(folder, alone, stage):
-    run_dir = train(folder, stage, 20, 2, f"runtime={stage}")
+def test_losses_and_norms_on_two_processes_are_those_of_one(on_two, alone, stage):
+    run_dir = on_two / stage
     groups = {key for line in read_metrics(alone) for key in line if key.startswith(("grad_norm/", "weight_norm/"))}
     assert len(groups) > 30
     assert_same(run_dir, alone, ("loss", "grad_norm", "eval/loss", *groups), 1e-5)
@@ -78,19 +89,26 @@ def test_a_run_moves_between_all_runtimes_and_process_counts(folder, alone):
         ("zero1", 1, 20),
     ]
     for runtime, count, last_step in legs:
-        run_dir = train(folder, "moving", last_step, count, f"runtime={runtime}", "runtime.recompute=block")
-        steps = [line["step"] for line in read_metrics(run_dir) if "loss" in line]
+        carry_out(folder, count, command(folder, "moving", last_step, f"runtime={runtime}", "runtime.recompute=block"))
+        steps = [line["step"] for line in read_metrics(folder / "moving") if "loss" in line]
         assert steps == list(range(1, last_step + 1)), runtime
-    assert_same(run_dir, alone, ("loss", "grad_norm"), 1e-5)
+    assert_same(folder / "moving", alone, ("loss", "grad_norm"), 1e-5)
 
 
 def test_float32_weights_of_bf16_move_to_ddp(folder):
     """20 steps in bf16: with DeepSpeed to the middle and without it to the end, against without it alone."""
-    alone = train(folder, "alone_bf16", 20, 1, "runtime=single", "runtime.precision=bf16")
-    for runtime, count, last_step in (("zero3", 2, 10), ("single", 1, 20)):
-        run_dir = train(folder, "moving_bf16", last_step, count, f"runtime={runtime}", "runtime.precision=bf16")
+    alone, first, second = (
+        command(folder, name, last_step, f"runtime={runtime}", "runtime.precision=bf16")
+        for name, last_step, runtime in (
+            ("alone_bf16", 20, "single"),
+            ("moving_bf16", 10, "zero3"),
+            ("moving_bf16", 20, "single"),
+        )
+    )
+    carry_out(folder, 2, first)
+    carry_out(folder, 1, second, alone)
     # DeepSpeed's forward rounds norms and residuals too.
-    assert_same(run_dir, alone, ("loss",), 1e-3)
+    assert_same(folder / "moving_bf16", folder / "alone_bf16", ("loss",), 1e-3)
 
 
 @pytest.fixture(scope="module")
