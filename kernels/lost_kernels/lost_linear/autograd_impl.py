@@ -13,8 +13,8 @@ from lost_kernels.lost_linear.reference import ACTIVATIONS, scaled
 # The products over R + S = 266 columns took 11.4 and 12.8 ms, over 272 (with zeros) 9.9 and 11.3 ms: 2048 x 1024,
 # float32, one core of a Xeon with AVX-512, torch 2.13. On GPUs rows of 16 values keep 16-byte loads aligned.
 WIDTH_MULTIPLE = 16
-# ACTIVATIONS with the result written into `out`. Not gelu.out: in float32 on a CPU it leaves an `out` of strided rows as
-# it was (torch 2.13).
+# ACTIVATIONS with the result written into `out`. Not gelu.out: in float32 on a CPU it leaves an `out` of strided rows
+# as it was (torch 2.13).
 ACTIVATED_INTO = {
     "silu": torch.ops.aten.silu.out,
     "identity": torch.ops.aten.clone.out,
