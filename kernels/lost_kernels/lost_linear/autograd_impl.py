@@ -103,11 +103,11 @@ class LostLinearFunction(torch.autograd.Function):
         if needs_x or needs_down or needs_gamma:
             dz = dy @ _joined_weights(low_rank_up, sparse_weight, dy.dtype)
             dz_low, dz_sparse = dz[:, :rank], dz[:, rank:width]
+            if needs_gamma:
+                d_gamma = _gamma_backward(dz_low, dz_sparse, x, h, sparse_index, gamma, ctx.activation)
             dh = _activation_backward(dz_low, h, gamma, ctx.activation)
             if needs_down:
                 d_down = (dh.T @ x).to(low_rank_down.dtype)
-            if needs_gamma:
-                d_gamma = _gamma_backward(dz_low, dz_sparse, x, h, sparse_index, gamma, ctx.activation)
             if needs_x:
                 d_x = dh @ low_rank_down.to(dh.dtype)
                 if sparse_index is not None:
@@ -151,7 +151,10 @@ def _padded(width: int) -> int:
 def _activation_backward(dz: Tensor, h: Tensor, gamma, activation: str) -> Tensor:
     """gamma * act'(h) * dz, in float32 or better and rounded once."""
     wide_dz, wide_h = dz.to(_wide(h)), h.to(_wide(h))
-    if activation == "silu":
+    if activation == "silu" and _wide(h) is h.dtype and not torch.compiler.is_compiling():
+        # In the memory of dz, which nothing reads any more.
+        dh = torch.ops.aten.silu_backward.grad_input(dz, h, grad_input=dz)
+    elif activation == "silu":
         dh = torch.ops.aten.silu_backward(wide_dz, wide_h)
     elif activation == "gelu":
         dh = torch.ops.aten.gelu_backward(wide_dz, wide_h)
