@@ -10,7 +10,7 @@ from typing import Literal
 
 from lost.accounting.costs import LinearCost, linear_costs, sum_of
 from lost.accounting.parameters import count_parameters
-from lost.config.schema import ModelConfig, ParameterizationConfig
+from lost.config.model import ModelConfig, ParameterizationConfig
 
 GIB = 2**30
 FLOAT32_BYTES = 4

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from lost.config.schema import ParameterizationConfig
+from lost.config.model import ParameterizationConfig
 from lost.config.section import build, to_dict
 from lost.model.lost_init import FreshWeight
 from lost.model.parameterizations import parameterization_of

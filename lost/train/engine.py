@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from lost.config.schema import OptimizerConfig, RuntimeConfig
+from lost.config.runtime import RuntimeConfig
+from lost.config.training import OptimizerConfig
 from lost.train.norms import clip_gradients, group_norms
 from lost.train.optim import build_optimizer, empty_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
 from lost.train.runtime import Runtime

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.distributed.rendezvous import rendezvous
 
-from lost.config.schema import DeviceConfig, RuntimeConfig
+from lost.config.runtime import DeviceConfig, RuntimeConfig
 from lost.train.zero_setup import require_deepspeed, zero_accelerator
 from lost.utils.errors import ConfigError
 from lost.utils.launcher import num_own_threads

@@ -9,7 +9,9 @@ import torch
 from lost.bench import run
 from lost.bench.layer import ThreeProducts
 from lost.bench.timing import NUM_WARMUP_ROUNDS, SavedBytes, Timing, time_interleaved
-from lost.config.schema import BenchConfig, DeviceConfig, LostConfig, ModelConfig
+from lost.config.model import LostConfig, ModelConfig
+from lost.config.runtime import DeviceConfig
+from lost.config.schema import BenchConfig
 from lost.model.lost_linear import LostLinear
 from lost.utils.errors import ConfigError
 
