@@ -6,6 +6,7 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from lost.bench.fresh import random_ids
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, SavedBytes, time_interleaved
 from lost.config.model import DenseConfig
@@ -45,9 +46,7 @@ def bench_step(config: BenchConfig) -> BenchResult:
     }
     for model in models.values():
         set_recompute(model, RuntimeConfig().recompute)
-    generator = torch.Generator().manual_seed(0)
-    shape = (config.num_tokens // config.seq_len, config.seq_len)
-    ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+    ids = random_ids(config, device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def loss_of(model: PreTrainedModel) -> torch.Tensor:
@@ -75,5 +74,5 @@ def bench_step(config: BenchConfig) -> BenchResult:
         with SavedBytes([*model.parameters(), *model.buffers(), ids]).counting() as saved:
             loss_of(model)
         arms[name] = Arm(timings[name], sum(p.numel() for p in model.parameters()), saved.num_bytes)
-    title = f"training step of {config.model.name}: {shape[0]} rows of {shape[1]} tokens"
+    title = f"training step of {config.model.name}: {ids.shape[0]} rows of {ids.shape[1]} tokens"
     return BenchResult(config, title, config.num_tokens, device, precision, torch.get_num_threads(), arms)

@@ -123,8 +123,7 @@ def _joined_activations(h: Tensor, kept: Tensor | None, gamma, activation: str) 
     rank, width = h.shape[1], h.shape[1] + kept.shape[1]
     z = h.new_empty(h.shape[0], _padded(width))
     low = z[:, :rank]
-    if _wide(h) is h.dtype and not torch.compiler.is_compiling():
-        # Written where it belongs, which saves 2 % of a layer's time; a compiler does so by itself.
+    if _may_write_into(h):
         ACTIVATED_INTO[activation](h, out=low)
         if gamma is not None:
             low.mul_(gamma)
@@ -144,15 +143,22 @@ def _joined_weights(low_rank_up: Tensor, sparse_weight: Tensor | None, dtype: to
     return torch.cat([low_rank_up.to(dtype), sparse_weight.to(dtype), zeros], dim=1)
 
 
+def _may_write_into(h: Tensor) -> bool:
+    """Whether a function of h is written where it belongs, which saves 2 % of a layer's time each time.
+
+    Not where it is computed in a wider dtype and rounded once; a compiler saves the memory by itself.
+    """
+    return _wide(h) is h.dtype and not torch.compiler.is_compiling()
+
+
 def _padded(width: int) -> int:
     return width + -width % WIDTH_MULTIPLE
 
 
 def _activation_backward(dz: Tensor, h: Tensor, gamma, activation: str) -> Tensor:
-    """gamma * act'(h) * dz, in float32 or better and rounded once."""
+    """gamma * act'(h) * dz, in float32 or better and rounded once; perhaps in the memory of dz."""
     wide_dz, wide_h = dz.to(_wide(h)), h.to(_wide(h))
-    if activation == "silu" and _wide(h) is h.dtype and not torch.compiler.is_compiling():
-        # In the memory of dz, which nothing reads any more.
+    if activation == "silu" and _may_write_into(h):
         dh = torch.ops.aten.silu_backward.grad_input(dz, h, grad_input=dz)
     elif activation == "silu":
         dh = torch.ops.aten.silu_backward(wide_dz, wide_h)
