@@ -4,8 +4,10 @@ from lost.model.build import build_model, empty_model
 from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM, LostLlamaModel, register
 from lost.model.inject import InjectionReport, inject
 from lost.model.lost_linear import LostLinear
+from lost.model.other_families import register_other_families
 
 register()
+register_other_families()
 
 __all__ = [
     "InjectionReport",

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+)
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from lost.config.model import ParameterizationConfig
@@ -18,7 +26,29 @@ from lost.model.split import write
 from lost.utils.errors import CheckpointError
 
 
-class LostLlamaConfig(LlamaConfig):
+class WithParameterization:
+    """What a family's config has besides its own keys: `parameterization`, checked and whole."""
+
+    # The families' plans shard nn.Linear by columns and rows; the swapped layers have other parameters.
+    base_model_tp_plan = {}  # noqa: RUF012
+    parameterization: dict | None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = {"name": "lost"} if self.parameterization is None else self.parameterization
+        # All keys are stored, so that a later default does not change a saved model.
+        self.parameterization = to_dict(build(ParameterizationConfig, given))
+        super().__post_init__(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def typed_parameterization(self) -> ParameterizationConfig:
+        return build(ParameterizationConfig, self.parameterization or {})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        own: dict[str, Any] = super().to_diff_dict()  # pyright: ignore[reportAttributeAccessIssue]
+        return own | {"parameterization": self.parameterization}
+
+
+class LostLlamaConfig(WithParameterization, LlamaConfig):
     """LlamaConfig plus `parameterization`: the section of that name as plain JSON, LOST's defaults if not given.
 
     Raises:
@@ -26,30 +56,15 @@ class LostLlamaConfig(LlamaConfig):
     """
 
     model_type = "lost_llama"
-    # LLaMA's plan shards nn.Linear by columns and rows; the swapped layers have other parameters.
-    base_model_tp_plan = {}  # noqa: RUF012
 
     parameterization: dict | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        given = {"name": "lost"} if self.parameterization is None else self.parameterization
-        # All keys are stored, so that a later default does not change a saved model.
-        self.parameterization = to_dict(build(ParameterizationConfig, given))
-        super().__post_init__(**kwargs)
 
-    @property
-    def typed_parameterization(self) -> ParameterizationConfig:
-        return build(ParameterizationConfig, self.parameterization or {})
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return super().to_diff_dict() | {"parameterization": self.parameterization}
-
-
-class LostLlamaPreTrainedModel(LlamaPreTrainedModel):
+class WithLostLayers:
     """Initial values of the swapped layers; transformers asks the backbone and the language model for them alike."""
 
-    config: LostLlamaConfig
-    config_class = LostLlamaConfig
+    config: Any
+    _tp_plan = {}  # noqa: RUF012
     # A learnable gamma in bfloat16 moves in steps of 0.4 %.
     _keep_in_fp32_modules_strict = ["gamma"]  # noqa: RUF012
 
@@ -58,7 +73,7 @@ class LostLlamaPreTrainedModel(LlamaPreTrainedModel):
         config = self.config.typed_parameterization
         form = parameterization_of(config)
         if not form.is_layer(module):
-            super()._init_weights(module)
+            super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
         elif not _is_loaded(module):
             # The aliases of torch.nn.init skip loaded weights; this draw is a fresh tensor.
             weight = FreshWeight((module.out_features, module.in_features), self.config.initializer_range)  # pyright: ignore
@@ -68,8 +83,13 @@ class LostLlamaPreTrainedModel(LlamaPreTrainedModel):
     def _materialise(self, device: torch.device) -> None:
         """Memory and initial values, unless an outer context builds on the meta device."""
         if device.type != "meta":
-            self.to_empty(device=device)
-            self.init_weights()
+            self.to_empty(device=device)  # pyright: ignore[reportAttributeAccessIssue]
+            self.init_weights()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class LostLlamaPreTrainedModel(WithLostLayers, LlamaPreTrainedModel):
+    config: LostLlamaConfig
+    config_class = LostLlamaConfig
 
 
 class LostLlamaModel(LostLlamaPreTrainedModel, LlamaModel):
@@ -85,7 +105,7 @@ class LostLlamaModel(LostLlamaPreTrainedModel, LlamaModel):
         with torch.device("meta"):
             super().__init__(config)
             if not is_part_of_causal_lm:
-                _swap_linears(_Shell(self), config)
+                swap_linears(Shell(self), config)
         self._materialise(device)
 
 
@@ -99,8 +119,6 @@ class LostLlamaForCausalLM(LostLlamaPreTrainedModel, LlamaForCausalLM):
         ShapeError: a rank is above a layer's width.
     """
 
-    _tp_plan = {}  # noqa: RUF012
-
     def __init__(self, config: LostLlamaConfig):
         device = torch.get_default_device()
         with torch.device("meta"):
@@ -109,27 +127,25 @@ class LostLlamaForCausalLM(LostLlamaPreTrainedModel, LlamaForCausalLM):
             self.model = LostLlamaModel(config, is_part_of_causal_lm=True)
             self.vocab_size = config.vocab_size
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            _swap_linears(self, config)
+            swap_linears(self, config)
             self.post_init()
         self._materialise(device)
 
 
-def _swap_linears(module: nn.Module, config: LostLlamaConfig) -> None:
+def swap_linears(module: nn.Module, config: Any) -> None:
+    """Replaces the linears that `config.parameterization` names; `module` is on the meta device."""
     parameterization = config.typed_parameterization
     parameterization_of(parameterization).swap(module, parameterization)
 
 
-class _Shell(nn.Module):
+class Shell(nn.Module):
     """Around a lone backbone, so that its layers have the names which the patterns of its config know."""
 
-    def __init__(self, backbone: LostLlamaModel):
+    def __init__(self, backbone: PreTrainedModel):
         super().__init__()
-        self.model = backbone
-        self.lm_head = nn.Linear(backbone.config.hidden_size, backbone.config.vocab_size, bias=False)
-
-    @property
-    def config(self) -> LostLlamaConfig:
-        return self.model.config
+        self.add_module(backbone.base_model_prefix, backbone)
+        self.config: Any = backbone.config
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
 
 
 def _is_loaded(layer: nn.Module) -> bool:

@@ -50,7 +50,7 @@ _FAMILIES = {
 
 def projections_of(module: nn.Module) -> Projections | None:
     """The projections of a transformers model by its config.model_type; None for any other module."""
-    return _FAMILIES.get(str(getattr(getattr(module, "config", None), "model_type", "")))
+    return _FAMILIES.get(str(getattr(getattr(module, "config", None), "model_type", "")).removeprefix("lost_"))
 
 
 def family_names() -> list[str]:
