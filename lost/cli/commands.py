@@ -6,6 +6,7 @@ COMMANDS = {
     "evaluate": "perplexity of a checkpoint or an export on a data set",
     "generate": "continue a prompt",
     "export": "write a checkpoint as a Hugging Face folder",
+    "convert": "bring a trained dense model into LOST form by the SVD of its weights",
     "plan": "parameters, FLOPs and memory of every size, without building a model",
     "bench": "speed and memory of a layer or a training step against dense",
 }

@@ -30,7 +30,7 @@ def require_reachable(command: str, config: Any) -> None:
         require_hub_for_source(config.source)
     if command in ("pretrain", "prepare"):
         _require_tokenizer(config.data)
-    if command in ("pretrain", "prepare", "evaluate"):
+    if command in ("pretrain", "prepare", "evaluate", "convert"):
         _require_c4(config.data)
 
 
@@ -39,7 +39,7 @@ def _reads_source(command: str, config: Any) -> bool:
     if command == "prepare":
         assert isinstance(config, PretrainConfig)
         return config.data.tokenizer == "train" and bool(config.source)
-    return command in ("pretrain", "evaluate", "generate", "export") and bool(config.source)
+    return command in ("pretrain", "evaluate", "generate", "export", "convert") and bool(config.source)
 
 
 def _require_tokenizer(data: DataConfig) -> None:

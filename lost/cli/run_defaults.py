@@ -1,4 +1,4 @@
-"""`lost evaluate source=<run>` without a word about data evaluates on the data that the run was trained on."""
+"""`lost evaluate source=<run>` without a word about data takes the data that the run was trained on; so does convert."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ def run_defaults(command: str, overrides: list[str]) -> dict[str, Any]:
     Empty for other commands, and where the source is no run directory and in none (an export, a hub id).
     """
     sources = [value for key, equals, value in (o.partition("=") for o in overrides) if equals and key == "source"]
-    if command != "evaluate" or not sources:
+    if command not in ("evaluate", "convert") or not sources:
         return {}
     config_file = config_file_of(Path(sources[-1].strip()).expanduser())
     if config_file is None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import yaml
 
 from lost.config import schema
+from lost.config.convert import ConvertConfig
 from lost.config.section import Section, choices_of, hints_of, is_section
 
 # The typed root of each command and the YAML file (without .yaml) that it starts from.
@@ -18,6 +19,7 @@ ROOTS: dict[str, tuple[type[Section], str]] = {
     "evaluate": (schema.EvaluateConfig, "evaluate"),
     "generate": (schema.GenerateConfig, "generate"),
     "export": (schema.ExportConfig, "export"),
+    "convert": (ConvertConfig, "convert"),
     "plan": (schema.PlanConfig, "plan"),
     "bench": (schema.BenchConfig, "bench"),
 }

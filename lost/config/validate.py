@@ -292,6 +292,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "generate": (needed_source_problems, source_problems),
     "export": (needed_source_problems, source_problems, export_problems),
+    "convert": (
+        needed_source_problems,
+        source_problems,
+        export_problems,
+        missing_train_file_problems,
+        missing_validation_file_problems,
+    ),
     "plan": PREPARE_RULES,
     "bench": (bench_layer_problems, bench_row_length_problems),
 }

@@ -27,6 +27,7 @@ LEVELS = {
     "lost.export": 3,
     "lost.assemble": 4,
     "lost.bench": 5,
+    "lost.convert": 5,
     "lost.cli": 6,
 }
 # Rooms of one level do not import each other, but for this: the layers' shapes are arithmetic of the config.
