@@ -4,7 +4,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lost.config.schema import GenerateConfig
+from lost.config.use import GenerateConfig
 from lost.utils.errors import ConfigError
 
 

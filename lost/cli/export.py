@@ -5,12 +5,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lost.assemble.facts import card_facts
-from lost.assemble.load import Loaded, config_of_checkpoint, load_model
-from lost.checkpoint.io import read_json
-from lost.config.schema import ExportConfig
-from lost.export import model_card, save_folder
-from lost.model import LostLlamaForCausalLM
+from lost.assemble.card import card_of
+from lost.assemble.load import Loaded, load_model
+from lost.config.use import ExportConfig
+from lost.export import Form, code_of, dense_model, lost_layers, save_folder
+from lost.export.hub import describe_push, push_folder, require_token
 from lost.utils.errors import ConfigError
 from lost.utils.logging import setup
 
@@ -18,13 +17,21 @@ DTYPES = {"source": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(config: ExportConfig) -> int:
-    """Loads, writes, and says how to load what was written."""
+    """Loads, writes, says how to load what was written, and sends it where `push` says so."""
     setup()
     target = Path(config.to).expanduser()
     refuse_used_folder(target)
+    if config.push and not config.dry_run:
+        require_token()
     loaded = load_model(config.source, "cpu", DTYPES[config.dtype])
-    save_folder(loaded.model, loaded.tokenizer, target, card_of(loaded))
-    print(f"{loaded.origin} -> {target} ({describe(loaded.model)})\n{how_to_load(loaded.model, target)}")
+    form = form_of(loaded, config)
+    card = card_of(loaded, config, form)
+    model, more_files = in_form(loaded.model, form)
+    save_folder(model, loaded.tokenizer, target, card, max_shard_size=config.max_shard_size, more_files=more_files)
+    print(f"{loaded.origin} -> {target} ({describe(model)})\n{how_to_load(form, target)}")
+    if config.push:
+        send = describe_push if config.dry_run else push_folder
+        print(send(target, config.push, private=config.private))
     return 0
 
 
@@ -40,19 +47,27 @@ def refuse_used_folder(target: Path) -> None:
         raise ConfigError(f"to = {target} is not empty: give a folder that does not exist yet, or an empty one")
 
 
-def card_of(loaded: Loaded) -> str:
-    """The model card: the source's own, or written from the facts of its run."""
-    place = loaded.place
-    if place.kind == "checkpoint" and place.run_dir:
-        counters = read_json(place.folder / "state.json")["counters"]
-        config = config_of_checkpoint(place.folder)
-        return model_card(
-            loaded.model.config, card_facts(config, place.run_dir, counters["step"], counters["tokens_seen"])
+def form_of(loaded: Loaded, config: ExportConfig) -> Form:
+    """The form to write.
+
+    Raises:
+        ConfigError: a LOST form of a model without LOST layers.
+    """
+    is_lost = bool(lost_layers(loaded.model))
+    if config.form == "auto":
+        return "lost" if is_lost else "dense"
+    if config.form != "dense" and not is_lost:
+        raise ConfigError(
+            f"form = {config.form}: {loaded.origin} has no LOST layers; leave form out, or make a LOST model of it"
         )
-    own = place.folder / "README.md"
-    if own.is_file():
-        return own.read_text(encoding="utf-8")
-    return f"# {Path(loaded.origin).name}\n\nExported by `lost export` from {loaded.origin}, which has no model card.\n"
+    return config.form
+
+
+def in_form(model: PreTrainedModel, form: Form) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The model to save and the files beside it."""
+    if form == "dense" and lost_layers(model):
+        return dense_model(model), {}
+    return model, dict([code_of(model)]) if form == "self_contained" else {}
 
 
 def describe(model: PreTrainedModel) -> str:
@@ -60,9 +75,10 @@ def describe(model: PreTrainedModel) -> str:
     return f"{model.config.model_type}, {num_parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}"
 
 
-def how_to_load(model: PreTrainedModel, target: Path) -> str:
-    registration = "import lost.model; " if isinstance(model, LostLlamaForCausalLM) else ""
+def how_to_load(form: Form, target: Path) -> str:
+    registration = "import lost.model; " if form == "lost" else ""
+    option = ", trust_remote_code=True" if form == "self_contained" else ""
     return (
         f"Load it with: {registration}from transformers import AutoModelForCausalLM;"
-        f" AutoModelForCausalLM.from_pretrained({str(target)!r})"
+        f" AutoModelForCausalLM.from_pretrained({str(target)!r}{option})"
     )

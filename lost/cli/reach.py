@@ -11,6 +11,7 @@ from lost.utils.hub import (
     ask_ahead,
     is_hub_id,
     may_be_cached,
+    require_hub,
     require_hub_for_c4,
     require_hub_for_source,
     require_hub_for_tokenizer,
@@ -32,6 +33,10 @@ def require_reachable(command: str, config: Any) -> None:
         _require_tokenizer(config.data)
     if command in ("pretrain", "prepare", "evaluate", "convert"):
         _require_c4(config.data)
+    if command == "export" and config.push and not config.dry_run:
+        require_hub(
+            f"push = {config.push} sends files to it", "leave push out, or see what would be sent: dry_run=true"
+        )
 
 
 def _reads_source(command: str, config: Any) -> bool:

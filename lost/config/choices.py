@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import yaml
 
-from lost.config import schema
+from lost.config import schema, use
 from lost.config.convert import ConvertConfig
 from lost.config.section import Section, choices_of, hints_of, is_section
 
@@ -16,9 +16,9 @@ from lost.config.section import Section, choices_of, hints_of, is_section
 ROOTS: dict[str, tuple[type[Section], str]] = {
     "pretrain": (schema.PretrainConfig, "pretrain"),
     "prepare": (schema.PretrainConfig, "pretrain"),
-    "evaluate": (schema.EvaluateConfig, "evaluate"),
-    "generate": (schema.GenerateConfig, "generate"),
-    "export": (schema.ExportConfig, "export"),
+    "evaluate": (use.EvaluateConfig, "evaluate"),
+    "generate": (use.GenerateConfig, "generate"),
+    "export": (use.ExportConfig, "export"),
     "convert": (ConvertConfig, "convert"),
     "plan": (schema.PlanConfig, "plan"),
     "bench": (schema.BenchConfig, "bench"),

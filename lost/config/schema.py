@@ -1,11 +1,10 @@
-"""Every setting of every command: typed, documented, with units and rules.
+"""Settings of the commands, typed, documented, with units and rules; those that use a finished model are in use.py.
 
 A base section with subclasses (parameterization, data, optimizer, ...) is a choice: one YAML folder in configs/,
 one subclass a choice, so that a key which the chosen one does not have is an error and never silently ignored.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from lost.config.data import DataConfig
@@ -13,7 +12,6 @@ from lost.config.model import LostConfig, ModelConfig, ParameterizationConfig
 from lost.config.runtime import (
     CheckpointConfig,
     DeviceConfig,
-    EvaluationConfig,
     LoggingConfig,
     RuntimeConfig,
     TrainEvaluationConfig,
@@ -65,52 +63,6 @@ class PlanConfig(PretrainConfig):
             f"num_devices = {self.num_devices} is not divisible by runtime.replicas = {self.runtime.replicas}:"
             " choose a divisor"
         ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Section):
-    """Everything of `lost evaluate`."""
-
-    source: str = setting("run directory, checkpoint, export or hub id")
-    data: DataConfig = setting("documents and rows; unless said, those of the run that `source` is or is of")
-    seq_len: int = setting("length of an evaluation row; unless said, the run's", 256, at_least=2, unit="tokens")
-    evaluation: EvaluationConfig = setting("how much")
-    runtime: DeviceConfig = setting("device and precision")
-    to: str = setting("JSON file of the result; empty: print only", "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Section):
-    """Everything of `lost generate`; the sampling keys are those of transformers."""
-
-    source: str = setting("run directory, checkpoint, export or hub id")
-    prompt: str = setting("text to continue", "")
-    max_new_tokens: int = setting("tokens to add", 64, at_least=1, unit="tokens")
-    do_sample: bool = setting("sample; false: always the likeliest token", True)
-    temperature: float = setting("divides the logits", 0.8, above=0)
-    top_k: int = setting("sample from this many likeliest tokens; 0 = all", 50, at_least=0)
-    top_p: float = setting("sample from the likeliest tokens of this total probability", 1.0, above=0, at_most=1)
-    use_cache: bool = setting("keep keys and values between tokens", True)
-    seed: int = setting("seed of the sampling", 0, at_least=0)
-    runtime: DeviceConfig = setting("device and precision")
-
-    def cross_rules(self) -> list[CrossRule]:
-        return [(name, partial(self._sampling_problems, name)) for name in ("temperature", "top_k", "top_p")]
-
-    def _sampling_problems(self, name: str) -> list[str]:
-        value = getattr(self, name)
-        if self.do_sample or value == type(self).__dataclass_fields__[name].default:
-            return []
-        return [f"{name} = {value} with do_sample = false: only sampling uses it; leave it out or sample"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig(Section):
-    """Everything of `lost export`."""
-
-    source: str = setting("run directory, checkpoint, export or hub id")
-    to: str = setting("folder to write")
-    dtype: Literal["source", "fp32", "bf16"] = setting("dtype of the weights written", "source")
 
 
 @dataclass(frozen=True, kw_only=True)

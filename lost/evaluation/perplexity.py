@@ -68,7 +68,16 @@ class RowSums:
     labelled: Tensor
 
 
-def perplexity(
+def perplexity(model: nn.Module, rows: Rows, **options: Any) -> PerplexityResult:
+    """exp(sum of token losses / number of predicted tokens), over whole rows in their order; options of `row_sums`.
+
+    Raises:
+        DataError: the rows hold no token to predict.
+    """
+    return summarise(row_sums(model, rows, **options))
+
+
+def row_sums(
     model: nn.Module,
     rows: Rows,
     *,
@@ -80,8 +89,8 @@ def perplexity(
     num_processes: int = 1,
     gather: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> PerplexityResult:
-    """exp(sum of token losses / number of predicted tokens), over whole rows in their order.
+) -> RowSums:
+    """Losses and counts of every row, in row order.
 
     Args:
         model: returns an output with `.logits` [n, T, V] for the tensors of a batch.
@@ -96,8 +105,6 @@ def perplexity(
         progress: called with (rows done, rows of all processes) after each forward.
     Returns:
         The same numbers on every process.
-    Raises:
-        DataError: the rows hold no token to predict.
     Numerics: cross-entropy in float32 from the model's logits; sums of a row and of all rows in float64, in row
         order. Neither micro_batch_size nor num_processes changes the result but for rounding inside the model.
     """
@@ -118,7 +125,7 @@ def perplexity(
                 table[turn, : len(sums)] = sums
             if progress is not None:
                 progress(min((turn + 1) * num_processes * micro_batch_size, num_rows), num_rows)
-    return summarise(in_row_order(table, batches, num_processes, gather, device))
+    return in_row_order(table, batches, num_processes, gather, device)
 
 
 def rows_to_read(rows: Rows, max_tokens: int, rows_at_a_time: int) -> int:

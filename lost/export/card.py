@@ -1,9 +1,13 @@
 """The model card (README.md) of an exported model: what it is, how it was trained, how to load it."""
 
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
+
+Form = Literal["lost", "dense", "self_contained"]
+REGISTRATION = "import lost.model  # registers the model type\n"
 
 CITATION = """```bibtex
 @misc{lost2025,
@@ -35,6 +39,9 @@ class CardFacts:
         seed: of initial weights and row order.
         validation: for each set perplexity, perplexity_lineage, lineage_note and num_tokens; empty if not evaluated.
         versions: of the packages that trained it.
+        form: of the weights in the folder; None: that of the parameterization.
+        license: its name on the hub.
+        evaluations: lines of Markdown about what `lost evaluate` found.
     """
 
     name: str
@@ -52,6 +59,10 @@ class CardFacts:
     seed: int
     validation: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    form: Form | None = None
+    # Whoever publishes the weights chooses their licence: it depends on the data.
+    license: str = "unknown"
+    evaluations: list[str] = field(default_factory=list)
 
 
 def model_card(config: PreTrainedConfig, facts: CardFacts) -> str:
@@ -60,24 +71,53 @@ def model_card(config: PreTrainedConfig, facts: CardFacts) -> str:
         header(facts),
         f"# {facts.name}",
         method(facts),
-        f"## Use\n\n{usage(facts)}",
+        f"## Use\n\n{usage(form_of(facts))}",
         f"## Architecture\n\n{architecture(config, facts)}",
         f"## Training\n\n{training(facts)}",
         f"## Validation\n\n{validation(facts)}",
+        *([f"## Evaluation\n\n{evaluation(facts.evaluations)}"] if facts.evaluations else []),
         "## Limits\n\nA research model: not aligned, not filtered, and only as good as the data above.",
         f"## Citation\n\n{CITATION}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
+def adapted_card(card: str, form: Form, license_name: str, evaluations: list[str]) -> str:
+    """A card that came with a model, for the form in which the model is now: use, licence and evaluation are new."""
+    card = with_section(card, "Use", usage(form))
+    card = with_section(card, "Evaluation", evaluation(evaluations)) if evaluations else card
+    return with_license(card, license_name) if license_name else card
+
+
+def with_section(card: str, title: str, text: str) -> str:
+    """The card with the section of this title replaced, or appended where there is none."""
+    section = f"## {title}\n\n{text}\n"
+    found = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if found.search(card):
+        return found.sub(lambda _: f"{section}\n", card, count=1).rstrip("\n") + "\n"
+    return card.rstrip("\n") + f"\n\n{section}"
+
+
+def with_license(card: str, name: str) -> str:
+    """The card with this licence in its header, which it gets where it has none."""
+    header_text = re.match(r"---\n(.*?)^---\n", card, re.MULTILINE | re.DOTALL)
+    if header_text is None:
+        return f"---\nlicense: {name}\n---\n\n{card}"
+    lines = [line for line in header_text[1].splitlines() if not line.startswith("license")]
+    return "\n".join(["---", f"license: {name}", *lines, "---\n"]) + card[header_text.end() :]
+
+
 def is_lost(facts: CardFacts) -> bool:
     return facts.parameterization.get("name") == "lost"
 
 
+def form_of(facts: CardFacts) -> Form:
+    return facts.form or ("lost" if is_lost(facts) else "dense")
+
+
 def header(facts: CardFacts) -> str:
-    # Whoever publishes the weights chooses their licence: it depends on the data.
     tags = ["llama", "pretraining"] + (["lost", "low-rank", "sparse"] if is_lost(facts) else [])
-    lines = ["license: unknown", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    lines = [f"license: {facts.license}", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     return "\n".join(["---", *lines, *[f"- {tag}" for tag in tags], "---"])
 
 
@@ -85,21 +125,29 @@ def method(facts: CardFacts) -> str:
     if not is_lost(facts):
         return "A dense LLaMA (plain linear layers), pre-trained with `lost` as a baseline of LOST (arXiv 2508.02668)."
     share = facts.num_parameters / facts.num_dense_parameters
-    return (
+    text = (
         "A LLaMA whose attention and MLP projections were pre-trained in LOST form (arXiv 2508.02668): each is\n"
         "`gamma * act(x A^T) B^T + (1 - gamma) * x[:, I] W_s^T`, low-rank factors plus a trained dense block of a few\n"
         f"kept channels. It has {share:.0%} of the parameters of the dense model of the same width and depth."
     )
+    if form_of(facts) == "dense":
+        text += "\nThis folder holds it in dense form: each projection multiplied out to one matrix."
+    return text
 
 
-def usage(facts: CardFacts) -> str:
-    registration = "import lost.model  # registers the model type\n" if is_lost(facts) else ""
+def usage(form: Form) -> str:
+    registration = REGISTRATION if form == "lost" else ""
+    option = ", trust_remote_code=True" if form == "self_contained" else ""
+    commands = "or `lost generate source=<folder> prompt='...'`, `lost evaluate source=<folder>`."
     return (
         f"```python\n{registration}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
-        "or `lost generate source=<folder> prompt='...'`, `lost evaluate source=<folder>`."
+        f"model = AutoModelForCausalLM.from_pretrained(folder{option})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n{commands}"
     )
+
+
+def evaluation(lines: list[str]) -> str:
+    return "\n".join(lines)
 
 
 def table(rows: list[tuple[str, Any]]) -> str:

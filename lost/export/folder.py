@@ -1,6 +1,7 @@
 """Writes a model as a Hugging Face folder that is whole or not there."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,8 +31,21 @@ def save_final(
     return save_folder(model, tokenizer, folder, model_card(model.config, facts))
 
 
-def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str) -> Path:
-    """`save_final` with the text of the card given."""
+def save_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    card: str,
+    *,
+    max_shard_size: str = "50GB",
+    more_files: Mapping[str, str] | None = None,
+) -> Path:
+    """`save_final` with the text of the card given.
+
+    Args:
+        max_shard_size: largest safetensors file, as transformers takes it; more weights make more files and an index.
+        more_files: texts of further files by name.
+    """
     folder = Path(folder).absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
@@ -40,11 +54,14 @@ def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        model.generation_config = generation_config(model, tokenizer)
+        # A classifier writes no text.
+        if model.can_generate():
+            model.generation_config = generation_config(model, tokenizer)
         with quiet_libraries():
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        for name, text in {**(more_files or {}), "README.md": card}.items():
+            (partial / name).write_text(text, encoding="utf-8")
         flush_to_disk(partial)
         if folder.exists():
             folder.rename(replaced)
