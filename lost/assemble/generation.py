@@ -1,11 +1,32 @@
-"""Text from a prompt."""
+"""Text from prompts. Shape letters: n sequences, T tokens of the longest prompt."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from lost.assemble.prompts import Prompt, plain_or_chat
 from lost.config.use import GenerateConfig
 from lost.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What came after a prompt, one text for each of num_return_sequences; special tokens are left out.
+
+    Attributes:
+        prompt: the prompt as it was given.
+        completions: what was added to it.
+        texts: the prompt and what was added; of a chat only the answers.
+    """
+
+    prompt: str
+    completions: list[str]
+    texts: list[str]
 
 
 def generate(
@@ -14,42 +35,95 @@ def generate(
     config: GenerateConfig,
     streamer: BaseStreamer | None = None,
 ) -> str:
-    """The prompt and its continuation, special tokens left out.
+    """`config.prompt` and its continuation.
 
     Args:
         streamer: gets the tokens of the prompt, then every new one.
     Raises:
         ConfigError: a prompt without a token, with tokens outside the vocabulary, or too long for max_new_tokens.
     """
-    ids = prompt_ids(tokenizer, config.prompt)
-    check_prompt(ids, model, config)
-    input_ids = torch.tensor([ids], device=model.device)
-    torch.manual_seed(config.seed)
-    output = model.generate(  # pyright: ignore[reportCallIssue]
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=generation_settings(model, tokenizer, config),
-        streamer=streamer,
+    (found,) = generate_all(
+        model, tokenizer, [plain_or_chat(config.prompt, config, tokenizer)], config, lambda _: streamer
     )
-    text = tokenizer.decode(output[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return found.texts[0]
+
+
+def generate_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    streamer_of: Callable[[int], BaseStreamer | None] = lambda _: None,
+) -> Iterator[Continuation]:
+    """The continuation of every prompt in order, micro_batch_size of them together.
+
+    Args:
+        streamer_of: what gets the tokens of the prompt of this number as they come; asked only where one sequence is
+            generated at a time.
+    Raises:
+        ConfigError: as `generate`, for any of the prompts, before the first is continued.
+    """
+    for prompt in prompts:
+        check_prompt(prompt.ids, model, config)
+    torch.manual_seed(config.seed)
+    numbered = iter(enumerate(prompts))
+    while batch := list(itertools.islice(numbered, config.micro_batch_size)):
+        streamer = streamer_of(batch[0][0]) if is_streamed(config) else None
+        yield from continue_batch(model, tokenizer, [prompt for _, prompt in batch], config, streamer)
+
+
+def is_streamed(config: GenerateConfig) -> bool:
+    """Whether one sequence grows at a time, so that its tokens can be shown as they come."""
+    return config.micro_batch_size == config.num_beams == config.num_return_sequences == 1
+
+
+def continue_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    streamer: BaseStreamer | None,
+) -> list[Continuation]:
+    """The continuations of prompts that are generated together."""
+    settings = generation_settings(model, tokenizer, config)
+    pad_id = 0 if settings.pad_token_id is None else settings.pad_token_id
+    input_ids, attention_mask = padded_left([prompt.ids for prompt in prompts], pad_id)
+    with torch.no_grad():
+        output: Tensor = model.generate(  # pyright: ignore[reportCallIssue, reportAssignmentType]
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=settings,
+            streamer=streamer,
+            # Only stop_strings need it.
+            **({"tokenizer": tokenizer} if config.stop_strings else {}),
+        )
+    new_ids = output[:, input_ids.shape[1] :].view(len(prompts), config.num_return_sequences, -1).tolist()
+    return [continuation(tokenizer, prompt, rows) for prompt, rows in zip(prompts, new_ids, strict=True)]
+
+
+def padded_left(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, int64 [n, T]: prompts end together, so that all are continued at one place."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, new_ids: list[list[int]]) -> Continuation:
+    """The texts of one prompt; decoded with the prompt, because a first word may lose its blank alone."""
+    start = decoded(tokenizer, prompt.ids)
+    wholes = [decoded(tokenizer, prompt.ids + ids) for ids in new_ids]
+    completions = [
+        whole.removeprefix(start) if whole.startswith(start) else decoded(tokenizer, ids)
+        for whole, ids in zip(wholes, new_ids, strict=True)
+    ]
+    return Continuation(prompt.shown, completions, completions if prompt.is_chat else wholes)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids that the model continues: what the tokenizer puts in front stays, an EOS that it appends does not.
-
-    An empty prompt is BOS, or EOS where there is none: what stands before a document in training.
-    """
-    ids: list[int] = tokenizer(prompt).input_ids
-    if ids != tokenizer(prompt, add_special_tokens=False).input_ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    if ids:
-        return ids
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if not isinstance(start, int):
-        raise ConfigError("prompt is empty and the tokenizer has neither BOS nor EOS to start from: give a prompt")
-    return [start]
 
 
 def check_prompt(ids: list[int], model: PreTrainedModel, config: GenerateConfig) -> None:
@@ -69,14 +143,22 @@ def check_prompt(ids: list[int], model: PreTrainedModel, config: GenerateConfig)
 def generation_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
 ) -> GenerationConfig:
-    """The keys of transformers; those of sampling only where it samples."""
+    """The keys of transformers; those of sampling only where it samples, and none that changes nothing."""
     own = model.generation_config or GenerationConfig()
     eos = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     first_eos = eos[0] if isinstance(eos, list) else eos
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    sampling |= {"min_p": config.min_p} if config.min_p else {}
+    sampling |= {"typical_p": config.typical_p} if config.typical_p < 1 else {}
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens or None,
         do_sample=config.do_sample,
+        num_beams=config.num_beams,
+        num_return_sequences=config.num_return_sequences,
+        repetition_penalty=config.repetition_penalty,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        stop_strings=config.stop_strings or None,
         use_cache=config.use_cache,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=eos,

@@ -6,13 +6,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from lost.assemble.generation import generate, prompt_ids
+from lost.assemble.generation import generate, generate_all
+from lost.assemble.prompts import chat_prompt, prompt_ids, prompts_of
 from lost.config.model import LostConfig, ModelConfig
 from lost.config.runtime import DeviceConfig
 from lost.config.use import GenerateConfig
 from lost.model import build_model
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
-from lost.utils.errors import ConfigError
+from lost.utils.errors import ConfigError, LostError
 
 
 def settings(**changes):
@@ -139,3 +140,114 @@ def test_sampling_keys_without_sampling_are_refused():
         settings(do_sample=False, temperature=0.5, top_k=7)
     assert settings(do_sample=False, temperature=0.8, top_k=50, top_p=1.0)
     assert settings(do_sample=True, temperature=0.5)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chat_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(tmp_path):
+    """Padding in front changes nothing: prompts of several lengths, LOST and dense, in batches that do not divide."""
+    prompts = ["a", "def f(x):\n\treturn", "é漢", "xyz xyz xyz xyz", "0"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": {p!r}}}\n'.replace("'", '"') for p in prompts) + "\n", encoding="utf-8")
+    for make_model in (tiny_llama, random_lost_model):
+        model, tokenizer = make_model(), tiny_tokenizer()
+        options = {"max_new_tokens": 12, "do_sample": False}
+        alone = [generate(model, tokenizer, settings(prompt=prompt, **options)) for prompt in prompts]
+        config = settings(prompt_file=str(path), micro_batch_size=3, **options)
+        read = prompts_of(config, tokenizer)
+        assert [prompt.shown for prompt in read] == prompts
+        found = list(generate_all(model, tokenizer, read, config))
+        assert [entry.texts for entry in found] == [[text] for text in alone]
+        assert [prompt + entry.completions[0] for prompt, entry in zip(prompts, found, strict=True)] == alone
+        assert len(set(alone)) == len(prompts)
+
+
+def test_options_of_transformers_take_effect():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+
+    def text(**changes):
+        config = settings(prompt="abc", max_new_tokens=25, **changes)
+        return generate(model, tokenizer, config)
+
+    greedy, sampled = text(do_sample=False), text(temperature=3.0, top_k=0)
+    assert text(do_sample=False, repetition_penalty=5.0) != greedy
+    assert text(do_sample=False, num_beams=4) != greedy
+    assert text(min_p=1.0, top_k=0) == greedy
+    assert text(typical_p=0.05, temperature=3.0, top_k=0) != sampled
+    place = next(i for i in range(4, len(greedy)) if greedy[i].isascii() and greedy[i] not in greedy[3:i])
+    stop = greedy[place]
+    assert text(do_sample=False, stop_strings=[stop]) == greedy[: place + 1]
+    collected = Ids()
+    config = settings(prompt="abc", max_new_tokens=25, do_sample=False, no_repeat_ngram_size=1)
+    generate(model, tokenizer, config, collected)
+    assert len(set(collected.ids)) == len(collected.ids) == 3 + 25
+    model.generation_config.eos_token_id = tokenizer(stop).input_ids[0]
+    ended = text(do_sample=False)
+    assert ended == greedy[: place + 1]
+    assert len(text(do_sample=False, min_new_tokens=20)) > len(ended)
+
+
+def test_several_texts_of_one_prompt():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    config = settings(prompt="abc", max_new_tokens=9, num_return_sequences=3)
+    (found,) = generate_all(model, tokenizer, prompts_of(config, tokenizer), config)
+    assert len(set(found.completions)) == 3
+    assert found.texts == [f"abc{completion}" for completion in found.completions]
+
+
+def test_a_chat_is_the_template_and_only_the_answer_is_text():
+    model, tokenizer = tiny_llama(), chat_tokenizer()
+    config = settings(prompt="hello", chat=True, system="be short", max_new_tokens=6, do_sample=False)
+    (prompt,) = prompts_of(config, tokenizer)
+    expected = "[system]be short<eos>[user]hello<eos>[assistant]"
+    assert tokenizer.decode(prompt.ids) == expected
+    by_hand = generate(model, tokenizer, settings(prompt=expected, max_new_tokens=6, do_sample=False))
+    answer = generate(model, tokenizer, config)
+    assert by_hand == expected.replace("<eos>", "") + answer
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert tokenizer.decode(chat_prompt(messages, config, tokenizer).ids) == "[system]s<eos>[user]u<eos>[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", " \n", "is empty"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2: must be"),
+        ("a.jsonl", '{"prompt": "a", "messages": []}\n', "line 1: must be"),
+        ("a.jsonl", '\n{"prompt"\n', "line 2: no JSON"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: must be"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no chat template"),
+    ],
+)
+def test_prompt_files_with_mistakes(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LostError, match=message):
+        prompts_of(settings(prompt_file=str(tmp_path / name)), tiny_tokenizer())
+
+
+def test_a_text_file_is_one_prompt(tmp_path):
+    (tmp_path / "a.txt").write_text("two\nlines\n")
+    (prompt,) = prompts_of(settings(prompt_file=str(tmp_path / "a.txt")), tiny_tokenizer())
+    assert prompt.shown == "two\nlines"
+    with pytest.raises(LostError, match="cannot be read"):
+        prompts_of(settings(prompt_file=str(tmp_path / "b.txt")), tiny_tokenizer())
+
+
+def test_settings_that_do_not_go_together_are_all_named():
+    with pytest.raises(ConfigError, match=r"(?s)prompt_file with prompt.*system without.*min_new_tokens = 99"):
+        settings(prompt="a", prompt_file="b", system="c", min_new_tokens=99)
+    with pytest.raises(ConfigError, match="they would be the same text"):
+        settings(prompt="a", do_sample=False, num_return_sequences=2)
+    assert settings(prompt="a", do_sample=False, num_return_sequences=2, num_beams=2)
+    with pytest.raises(ConfigError, match="to with a conversation"):
+        settings(chat=True, to="x.jsonl")
