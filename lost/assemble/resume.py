@@ -11,6 +11,7 @@ from lost.checkpoint import CheckpointManager, check_same, differences, fixed_ke
 from lost.checkpoint.io import read_json
 from lost.checkpoint.manager import FACTS_NAME
 from lost.checkpoint.shards import read_into, read_whole, stored_tensors
+from lost.config.finetune import FinetuneConfig
 from lost.config.schema import PretrainConfig
 from lost.config.section import leaves, to_dict
 from lost.data import Prepared
@@ -20,6 +21,7 @@ from lost.train.state import TrainState, restore_rng
 from lost.utils.errors import CheckpointError, LostError
 
 Result = TypeVar("Result")
+RunConfig = PretrainConfig | FinetuneConfig
 # Settings that do not change what a finished run came to.
 WITHOUT_EFFECT_ON_RESULTS = (
     *("logging.", "checkpoint.", "runtime.", "run_dir", "data.cache_dir", "data.num_workers", "data.num_processes"),
@@ -40,14 +42,17 @@ def stored_config(run_dir: Path) -> dict[str, Any] | None:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() and has_results else None
 
 
-def is_finished(config: PretrainConfig, run_dir: Path, stored: dict[str, Any]) -> bool:
+def is_finished(config: RunConfig, run_dir: Path, stored: dict[str, Any]) -> bool:
     """Whether run_dir holds this very run, done to the last step asked for.
 
     Raises:
         CheckpointError: it is done, but with other settings.
     """
     status = read_status(run_dir)
-    is_done = status is not None and status["state"] == "finished" and status["step"] == config.train.num_steps
+    if status is None or status["state"] != "finished":
+        return False
+    # A finished run says why, where it ended before its last step.
+    is_done = status["step"] == config.train.num_steps or bool(status["reason"])
     if not is_done or config.checkpoint.resume not in ("auto", "must") or not (run_dir / "final").is_dir():
         return False
     keys = [key for key, _, _ in leaves(config) if not key.startswith(WITHOUT_EFFECT_ON_RESULTS)]
@@ -60,7 +65,7 @@ def is_finished(config: PretrainConfig, run_dir: Path, stored: dict[str, Any]) -
     return True
 
 
-def find_checkpoint(config: PretrainConfig, manager: CheckpointManager, runtime: Runtime) -> Path | None:
+def find_checkpoint(config: RunConfig, manager: CheckpointManager, runtime: Runtime) -> Path | None:
     """The checkpoint to go on from, the same on every process.
 
     Raises:
@@ -101,7 +106,7 @@ def by_main(runtime: Runtime, action: Callable[[], Result]) -> Result:
     return result
 
 
-def check_checkpoint(path: Path, config: PretrainConfig, prepared: Prepared, runtime: Runtime) -> dict[str, Any]:
+def check_checkpoint(path: Path, config: RunConfig, prepared: Prepared, runtime: Runtime) -> dict[str, Any]:
     """The facts of a checkpoint that process 0 has verified.
 
     Raises:
@@ -117,7 +122,7 @@ def check_checkpoint(path: Path, config: PretrainConfig, prepared: Prepared, run
     if facts["data_fingerprint"] != prepared.fingerprint:
         raise CheckpointError(
             f"{path} was trained on other data: its rows have the fingerprint {facts['data_fingerprint']}, those of"
-            f" data={to_dict(config.data)['name']} now {prepared.fingerprint}. Bring the old data (for stdlib: the old"
+            f" {data_words(config)} now {prepared.fingerprint}. Bring the old data (for stdlib: the old"
             " Python version) back, or start a new run from its weights: source=<run_dir> run_dir=<new folder>"
         )
     step = facts["counters"]["step"]
@@ -127,6 +132,10 @@ def check_checkpoint(path: Path, config: PretrainConfig, prepared: Prepared, run
             f" {config.train.num_steps}: raise it, or choose another run_dir"
         )
     return facts
+
+
+def data_words(config: RunConfig) -> str:
+    return f"data={to_dict(config.data)['name']}" if isinstance(config, PretrainConfig) else "the files of data"
 
 
 def restore(path: Path, facts: dict[str, Any], engine: Engine, runtime: Runtime) -> TrainState:

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from lost.config.runtime import EvaluationConfig
 from lost.data import Prepared, TokenRows
 from lost.evaluation import PerplexityResult, perplexity
 from lost.train.trainer import Run
@@ -11,9 +12,9 @@ from lost.train.trainer import Run
 EvaluationLine = dict[str, float | int | str]
 
 
-def evaluation_line(run: Run, prepared: Prepared) -> EvaluationLine:
+def evaluation_line(run: Run, evaluation: EvaluationConfig, prepared: Prepared) -> EvaluationLine:
     """The eval/ fields of metrics.jsonl; with several sets also those of each, eval/<set>/..."""
-    results = {name: validate(run, rows) for name, rows in prepared.validation.items()}
+    results = {name: validate(run, evaluation, rows) for name, rows in prepared.validation.items()}
     if len(results) == 1:
         return fields_of(next(iter(results.values())), "eval/")
     num_tokens = sum(result.num_tokens for result in results.values())
@@ -24,9 +25,9 @@ def evaluation_line(run: Run, prepared: Prepared) -> EvaluationLine:
     return line
 
 
-def validate(run: Run, rows: TokenRows) -> PerplexityResult:
+def validate(run: Run, evaluation: EvaluationConfig, rows: TokenRows) -> PerplexityResult:
     """Perplexity on one validation set, with the work split over the processes."""
-    runtime, evaluation = run.runtime, run.config.evaluation
+    runtime = run.runtime
     # Compiled blocks would be compiled once more for these shapes without gradients: minutes on a CPU.
     with torch.compiler.set_stance("force_eager"):
         return perplexity(

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lost.accounting import flops_per_token
-from lost.assemble.pretrain import batches_of
+from lost.assemble.run import batches_of
 from lost.bench.fresh import meta_model_and_fill, num_rows_of
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, Timing, wait_for

@@ -50,7 +50,7 @@ class CheckpointManager:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
-    def save(self, step: int, groups: Groups, facts: dict[str, Any]) -> Path:
+    def save(self, step: int, groups: Groups, facts: dict[str, Any], also_keep: int | None = None) -> Path:
         """Writes a checkpoint, then deletes those beyond `keep`; called on every process of the group.
 
         Args:
@@ -58,6 +58,7 @@ class CheckpointManager:
             groups: group ("model", "optimizer", "rng") -> tensors by name, whole or sharded; what process 0 alone has
                 is written by it.
             facts: everything else, as JSON values (text keys); those of process 0 are written.
+            also_keep: step of an older checkpoint that is not deleted.
         Returns:
             The checkpoint's folder.
         Raises:
@@ -65,16 +66,18 @@ class CheckpointManager:
                 half-written counts.
         """
         self.finish()
-        return self._save(step, groups, facts)
+        return self._save(step, groups, facts, also_keep)
 
-    def save_in_background(self, step: int, groups: Groups, facts: dict[str, Any]) -> None:
+    def save_in_background(
+        self, step: int, groups: Groups, facts: dict[str, Any], also_keep: int | None = None
+    ) -> None:
         """`save`, of which the caller waits for a copy in memory only (and for the save before it, if still running).
 
         Raises:
             CheckpointError: the save before it failed; `finish` raises what went wrong in the last one.
         """
         self.finish()
-        self._pending = self._background.submit(self._save, step, copied(groups), facts)
+        self._pending = self._background.submit(self._save, step, copied(groups), facts, also_keep)
 
     def finish(self) -> None:
         """Waits for a save in the background; raises its error."""
@@ -179,7 +182,7 @@ class CheckpointManager:
                 _remove(aside)
                 replace(path, aside)
 
-    def _save(self, step: int, groups: Groups, facts: dict[str, Any]) -> Path:
+    def _save(self, step: int, groups: Groups, facts: dict[str, Any], also_keep: int | None) -> Path:
         target = self.folder / step_name(step)
         temporary = self.folder / f"{_SAVING_PREFIX}{step:08d}"
         aliases = {group: tied_names(tensors) for group, tensors in groups.items()}
@@ -213,7 +216,7 @@ class CheckpointManager:
             if self._is_main:
                 _remove(temporary)
         if self._is_main:
-            self._prune(newest=target)
+            self._prune(newest=target, also_keep=also_keep)
         return target
 
     def _everywhere(self, action: Callable[[], Result], target: Path) -> list[Result]:
@@ -240,11 +243,14 @@ class CheckpointManager:
         replace(temporary, target)
         _remove(old)
 
-    def _prune(self, newest: Path) -> None:
-        """Deletes all but the newest `keep` checkpoints, counting only those whose files have the right sizes."""
+    def _prune(self, newest: Path, also_keep: int | None) -> None:
+        """Deletes all but the newest `keep` checkpoints, counting only those whose files have the right sizes, and the
+        one of step `also_keep`."""
         kept = 0
         for path in reversed(self.complete()):
             if step_of(path) > step_of(newest):
+                continue
+            if step_of(path) == also_keep and kept >= self.keep:
                 continue
             kept += path == newest or _has_right_sizes(path)
             if kept > self.keep:

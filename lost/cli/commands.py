@@ -7,6 +7,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "export": "write a checkpoint as a Hugging Face folder",
     "convert": "bring a trained dense model into LOST form by the SVD of its weights",
+    "finetune": "go on training a model on text, on conversations or as a classifier",
     "plan": "parameters, FLOPs and memory of every size, without building a model",
     "bench": "speed and memory of a layer or a training step against dense",
 }

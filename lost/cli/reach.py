@@ -24,7 +24,7 @@ def require_reachable(command: str, config: Any) -> None:
     Raises:
         DataError: what was unreachable and what to use instead.
     """
-    if command == "pretrain" and (Path(config.run_dir).expanduser() / "config.yaml").is_file():
+    if command in ("pretrain", "finetune") and (Path(config.run_dir).expanduser() / "config.yaml").is_file():
         # A run that goes on may have all it needs.
         return
     if _reads_source(command, config) and _is_away(config.source):
@@ -44,7 +44,7 @@ def _reads_source(command: str, config: Any) -> bool:
     if command == "prepare":
         assert isinstance(config, PretrainConfig)
         return config.data.tokenizer == "train" and bool(config.source)
-    return command in ("pretrain", "evaluate", "generate", "export", "convert") and bool(config.source)
+    return command in ("pretrain", "finetune", "evaluate", "generate", "export", "convert") and bool(config.source)
 
 
 def _require_tokenizer(data: DataConfig) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from lost.config import schema, use
 from lost.config.convert import ConvertConfig
+from lost.config.finetune import FinetuneConfig
 from lost.config.section import Section, choices_of, hints_of, is_section
 
 # The typed root of each command and the YAML file (without .yaml) that it starts from.
@@ -20,6 +21,7 @@ ROOTS: dict[str, tuple[type[Section], str]] = {
     "generate": (use.GenerateConfig, "generate"),
     "export": (use.ExportConfig, "export"),
     "convert": (ConvertConfig, "convert"),
+    "finetune": (FinetuneConfig, "finetune"),
     "plan": (schema.PlanConfig, "plan"),
     "bench": (schema.BenchConfig, "bench"),
 }

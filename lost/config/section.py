@@ -94,6 +94,8 @@ def choices_of(section: type[Section]) -> dict[str, type[Section]]:
         words = get_args(hints_of(subclass).get("name"))
         if len(words) == 1:
             found[words[0]] = subclass
+        # What only holds common fields of some choices is none itself.
+        found |= choices_of(subclass)
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lost.config.data import DataConfig, TextFilesDataConfig
+from lost.config.finetune import FinetuneDataConfig
 from lost.config.model import LostConfig, ModelConfig
 from lost.config.runtime import CheckpointConfig, EvaluationConfig, RuntimeConfig
 from lost.config.section import CountOrFraction, Section, assessed, hints_of, nearest, problems_of
@@ -157,6 +158,13 @@ def missing_train_file_problems(data: DataConfig) -> list[str]:
     return [problem for path in data.train_files for problem in _missing_file_problem("data.train_files", path)]
 
 
+def finetune_file_problems(data: FinetuneDataConfig) -> list[str]:
+    """Files of any set that are named but not there."""
+    keys = ("train_files", "validation_files", "test_files")
+    named = [(f"data.{key}", path) for key in keys for path in getattr(data, key)]
+    return [problem for key, path in named for problem in _missing_file_problem(key, path)]
+
+
 def missing_validation_file_problems(data: DataConfig) -> list[str]:
     if not isinstance(data, TextFilesDataConfig):
         return []
@@ -279,6 +287,16 @@ PREPARE_RULES: tuple[Rule, ...] = (
     resume_problems,
     pretrain_evaluation_problems,
 )
+FINETUNE_RULES: tuple[Rule, ...] = (
+    needed_source_problems,
+    pretrain_source_problems,
+    batch_problems,
+    run_dir_problems,
+    resume_problems,
+    process_problems,
+    zero_problems,
+    finetune_file_problems,
+)
 RULES: dict[str, tuple[Rule, ...]] = {
     "pretrain": (*PREPARE_RULES, process_problems, zero_problems),
     "prepare": PREPARE_RULES,
@@ -292,6 +310,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "generate": (needed_source_problems, source_problems),
     "export": (needed_source_problems, source_problems, export_problems),
+    "finetune": FINETUNE_RULES,
     "convert": (
         needed_source_problems,
         source_problems,

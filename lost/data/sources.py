@@ -151,7 +151,7 @@ def stdlib_corpus() -> FileCorpus:
 
 
 def _text_files(data: TextFilesDataConfig) -> Sources:
-    train_paths = [_expand(entry, "data.train_files") for entry in data.train_files]
+    train_paths = [expand(entry, "data.train_files") for entry in data.train_files]
     train: list[Corpus] = []
     if data.train_weights:
         names = _unique_names([Path(entry).stem for entry in data.train_files])
@@ -166,7 +166,7 @@ def _text_files(data: TextFilesDataConfig) -> Sources:
         key = "data.validation_files" + (f".{name}" if isinstance(data.validation_files, dict) else "")
         if not entries:
             raise DataError(f"{key} is empty: name at least one file, or leave the set out")
-        paths = [path for entry in entries for path in _expand(entry, key)]
+        paths = [path for entry in entries for path in expand(entry, key)]
         for path in {path.resolve() for path in paths} & {p.resolve() for ps in train_paths for p in ps}:
             logger.warning("%s is in both data.train_files and %s: its validation loss says little", path, key)
         validation[name] = _corpus(name, paths, data)
@@ -177,7 +177,7 @@ def _corpus(name: str, paths: list[Path], data: TextFilesDataConfig) -> FileCorp
     return FileCorpus(name, [(path, path.name) for path in paths], data.text_field)
 
 
-def _expand(entry: str, key: str) -> list[Path]:
+def expand(entry: str, key: str) -> list[Path]:
     """The files of a path or glob pattern, sorted."""
     path = Path(entry).expanduser()
     if path.is_dir():

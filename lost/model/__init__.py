@@ -5,9 +5,11 @@ from lost.model.families import LostLlamaConfig, LostLlamaForCausalLM, LostLlama
 from lost.model.inject import InjectionReport, inject
 from lost.model.lost_linear import LostLinear
 from lost.model.other_families import register_other_families
+from lost.model.sequence_classification import register_classifiers
 
 register()
 register_other_families()
+register_classifiers()
 
 __all__ = [
     "InjectionReport",

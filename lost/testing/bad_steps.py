@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import lost.assemble.pretrain
+import lost.assemble.run
 import lost.train.trainer
 from lost.config.schema import PretrainConfig
 from lost.data import Prepared, train_batches
@@ -42,7 +42,7 @@ def carry_out_both(index: int, commands: list[tuple[list[str], list[str]]], bad:
         with _poisoned(bad if index else set()):
             statuses.append(lost_here(*with_bad))
         start_anew(index)
-        with patch.object(lost.assemble.pretrain, "batches_of", batches_without(bad)):
+        with patch.object(lost.assemble.run, "batches_of", batches_without(bad)):
             statuses.append(lost_here(*without))
     return statuses
 

@@ -63,7 +63,8 @@ class Engine(ABC):
 
     @abstractmethod
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers by name; sharded ones as DTensors. Called on every process."""
+        """What a checkpoint keeps of the model (`trained_names`) by name; sharded ones as DTensors. Called on every
+        process."""
 
     @abstractmethod
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
@@ -71,7 +72,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load_model(self, read: Read) -> None:
-        """Parameters and persistent buffers from a checkpoint, into a model that is being trained.
+        """What `model_tensors` gave, from a checkpoint, into a model that is being trained.
 
         Args:
             read: fills tensors in place.
@@ -96,6 +97,27 @@ class Engine(ABC):
             if self.runtime.is_main:
                 whole[name] = full.cpu()
         return whole
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Names in the state dict that training may change or that belong to what it changes.
+
+    All of them where nothing is frozen; else the trained parameters and the buffers beside them.
+    """
+    names = set(model.state_dict(keep_vars=True))
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return names
+    found = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    for prefix, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            found |= {f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False)}
+    return found & names
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of `trained_names`, in the order of the state dict."""
+    names = trained_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
 def build_engine(
@@ -160,13 +182,13 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        return self.model.state_dict()
+        return trained_tensors(self.model)
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         return optimizer_tensors(self.model, self.optimizer)
 
     def load_model(self, read: Read) -> None:
-        read(self.model.state_dict())
+        read(trained_tensors(self.model))
 
     def load_optimizer(self, read: Read, names: set[str]) -> None:
         tensors = empty_optimizer_tensors(self.model, names)

@@ -28,6 +28,8 @@ class TrainState:
         recent_losses: of the last good steps, oldest first.
         num_rollbacks: how often the run went back to a checkpoint.
         left_out: ranges [first, last] of steps of the undisturbed row order whose rows roll-backs leave out.
+        best_value, best_step: of the best evaluation so far, where the run selects by one (`Selection`).
+        evaluations_since_best: evaluations in a row that were not better.
     """
 
     step: int = 0
@@ -38,6 +40,9 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     num_rollbacks: int = 0
     left_out: list[list[int]] = field(default_factory=list)
+    best_value: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
 
     def record(self, num_tokens: int, loss: float, is_skipped: bool) -> None:
         self.tokens_seen += num_tokens

@@ -5,24 +5,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from lost.config.schema import PretrainConfig
+from lost.config.runtime import CheckpointConfig, LoggingConfig
+from lost.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 from lost.train.divergence import StepFacts, diagnosis, fault_of, loss_limit
 from lost.train.engine import Engine
-from lost.train.loss import token_loss_sum
 from lost.train.metrics import MetricsLogger, Progress
+from lost.train.objective import Batch, NextToken, Objective
 from lost.train.profile import StepProfiler
 from lost.train.runtime import Runtime
 from lost.train.schedule import learning_rate_at
+from lost.train.selection import Selection
 from lost.train.state import TrainState
 from lost.train.stop import StopRequest
 from lost.utils.errors import TrainingError
-from lost.utils.labels import count_label_tokens
 from lost.utils.memory import peak_memory_gib
 
-Batch = dict[str, torch.Tensor]
 Evaluate = Callable[[], dict[str, float | int | str]]
 # Saves everything of the run at this state; called on every process.
 SaveCheckpoint = Callable[[TrainState], None]
@@ -30,6 +31,34 @@ SaveCheckpoint = Callable[[TrainState], None]
 GoBack = Callable[[TrainState], None]
 # Steps that a diagnosis shows.
 NUM_STEPS_KEPT = 20
+
+
+class EverySteps(Protocol):
+    """Settings of evaluation, as far as the loop reads them."""
+
+    @property
+    def every_steps(self) -> int: ...
+
+
+class RunSettings(Protocol):
+    """The sections that the loop reads; those of pre-training and of fine-tuning have them."""
+
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def schedule(self) -> ScheduleConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def evaluation(self) -> EverySteps: ...
+    @property
+    def logging(self) -> LoggingConfig: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def run_dir(self) -> str: ...
 
 
 @dataclass
@@ -41,10 +70,12 @@ class Run:
         batches: for each step from state.step + 1 on, this process's micro-batches.
         flops_per_token: forward and backward, for MFU.
         peak_flops: of one device, FLOP/s.
+        objective: what the model is trained for.
+        selection: which evaluation counts as the best and when the run ends for want of a better one; None: neither.
         last_steps: what the last steps of this process came to, for a diagnosis.
     """
 
-    config: PretrainConfig
+    config: RunSettings
     runtime: Runtime
     engine: Engine
     batches: Iterator[list[Batch]]
@@ -54,6 +85,8 @@ class Run:
     profiler: StepProfiler
     flops_per_token: float
     peak_flops: float
+    objective: Objective = field(default_factory=NextToken)
+    selection: Selection | None = None
     last_steps: deque[StepFacts] = field(default_factory=lambda: deque(maxlen=NUM_STEPS_KEPT))
 
 
@@ -62,9 +95,9 @@ class StepResult:
     """What one optimizer step did, the same on every process.
 
     Attributes:
-        loss: mean token loss of the global batch before the update.
+        loss: mean loss of the labels of the global batch (tokens, or rows that are classified) before the update.
         grad_norm: global L2 norm before clipping.
-        num_tokens: label tokens of the global batch.
+        num_tokens: tokens of the global batch, as the objective counts them.
         fault: why the update was left out; empty: it was not.
         should_stop: some process was asked to stop.
         seconds: wall-clock of this process, waiting for data included.
@@ -94,19 +127,19 @@ def fit(
     save_final: Callable[[], None],
     go_back: GoBack | None = None,
 ) -> bool:
-    """Trains from `state` to the last step, evaluating and saving on the way.
+    """Trains from `state` to the last step, or to where run.selection ends it, evaluating and saving on the way.
 
     Returns:
-        True when the last step was reached; False when the run was asked to stop before: the state is saved then.
+        True when that step was reached; False when the run was asked to stop before: the state is saved then.
     Raises:
         TrainingError: too many skipped steps in a row, and no `go_back` or none that it can do.
     """
     num_steps = run.config.train.num_steps
     if state.step == 0 or state.owes_evaluation:
-        run.metrics.log({"step": state.step, **evaluate()})
+        log_evaluation(run, state, evaluate)
         state.owes_evaluation = False
     with run.progress, run.profiler:
-        while state.step < num_steps:
+        while state.step < num_steps and not is_over(run, state):
             state.step += 1
             result = train_step(run, state.step, loss_limit(state.recent_losses, run.config.train.loss_spike_factor))
             state.record(result.num_tokens, result.loss, result.is_skipped)
@@ -122,11 +155,11 @@ def fit(
             is_evaluation_due = is_last or is_due(state.step, run.config.evaluation.every_steps)
             # Little time is left after a request to stop: the run evaluates when it goes on.
             state.owes_evaluation = is_evaluation_due and should_stop
-            if is_evaluation_due and not should_stop:
-                run.metrics.log({"step": state.step, **evaluate()})
+            is_best = is_evaluation_due and not should_stop and log_evaluation(run, state, evaluate)
+            is_last = is_last or is_over(run, state)
             # Skipped steps leave the weights as they were: the checkpoint before them is kept, to go back to.
             is_save_due = is_due(state.step, run.config.checkpoint.every_steps) and not state.skipped_in_a_row
-            if is_last or should_stop or is_save_due:
+            if is_last or should_stop or is_save_due or is_best:
                 save(state)
             if should_stop:
                 return False
@@ -138,7 +171,7 @@ def train_step(run: Run, step: int, max_loss: float = math.inf) -> StepResult:
     """One optimizer step on the global batch; the update is left out where the loss or gradient is not finite, or the
     loss above `max_loss`.
 
-    The loss is the sum of token losses over the global count of label tokens of the whole step, across
+    The loss is the sum of the losses of all labels over their global count in the whole step, across
     micro-batches and processes: not a mean of means. DDP averages gradients, hence the factor num_processes.
     """
     started = time.perf_counter()
@@ -147,8 +180,8 @@ def train_step(run: Run, step: int, max_loss: float = math.inf) -> StepResult:
     )
     run.engine.set_learning_rate(learning_rate)
     micro_batches = next(run.batches)
-    num_tokens, num_stop_requests = count_over_processes(run, micro_batches)
-    gradient_scale = run.runtime.num_processes / max(1, num_tokens)
+    num_labels, num_tokens, num_stop_requests = count_over_processes(run, micro_batches)
+    gradient_scale = run.runtime.num_processes / max(1, num_labels)
     loss_sum = torch.zeros((), device=run.runtime.device)
 
     for micro_step, batch in enumerate(micro_batches, start=1):
@@ -157,7 +190,7 @@ def train_step(run: Run, step: int, max_loss: float = math.inf) -> StepResult:
             run.engine.backward(micro_loss_sum * gradient_scale)
         loss_sum += micro_loss_sum.detach()
 
-    loss = (run.runtime.sum_over_processes(loss_sum) / max(1, num_tokens)).item()
+    loss = (run.runtime.sum_over_processes(loss_sum) / max(1, num_labels)).item()
     norms = run.engine.group_norms() if is_due(step, run.config.logging.group_norms_every_steps) else {}
     grad_norm = run.engine.clip_gradients(run.config.train.max_grad_norm)
     # Both numbers are of the whole group, so that every process skips or none does.
@@ -178,22 +211,37 @@ def train_step(run: Run, step: int, max_loss: float = math.inf) -> StepResult:
 
 
 def forward_loss_sum(run: Run, batch: Batch) -> torch.Tensor:
-    """Sum of the token losses of one micro-batch, []."""
+    """Sum of the losses of one micro-batch, []."""
     device = run.runtime.device
     inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     labels = inputs.pop("labels")
     with run.runtime.autocast():
         logits = run.engine.wrapped(**inputs, use_cache=False).logits
-    return token_loss_sum(logits, labels)
+    return run.objective.loss_sum(logits, labels)
 
 
-def count_over_processes(run: Run, micro_batches: list[Batch]) -> tuple[int, int]:
-    """(label tokens of the global batch, processes asked to stop), in one reduction."""
-    num_tokens = sum(int(count_label_tokens(batch["labels"])) for batch in micro_batches)
-    own = [num_tokens, int(run.stop.is_requested), int(run.stop.is_by_signal)]
+def count_over_processes(run: Run, micro_batches: list[Batch]) -> tuple[int, int, int]:
+    """(labels and tokens of the global batch, processes asked to stop), in one reduction."""
+    num_labels = sum(run.objective.num_labels(batch) for batch in micro_batches)
+    num_tokens = sum(run.objective.num_tokens(batch) for batch in micro_batches)
+    own = [num_labels, num_tokens, int(run.stop.is_requested), int(run.stop.is_by_signal)]
     counts = torch.tensor(own, device=run.runtime.device)
-    total_tokens, num_stop_requests, run.stop.num_signalled = run.runtime.sum_over_processes(counts).tolist()
-    return total_tokens, num_stop_requests
+    *totals, num_stop_requests, run.stop.num_signalled = run.runtime.sum_over_processes(counts).tolist()
+    return totals[0], totals[1], num_stop_requests
+
+
+def log_evaluation(run: Run, state: TrainState, evaluate: Evaluate) -> bool:
+    """Evaluates and writes the line; whether it is the best one so far of a run that selects by it.
+
+    That of step 0 does not count: it is what training must better.
+    """
+    line = evaluate()
+    run.metrics.log({"step": state.step, **line})
+    return run.selection is not None and state.step > 0 and run.selection.record(state, line)
+
+
+def is_over(run: Run, state: TrainState) -> bool:
+    return run.selection is not None and run.selection.is_over(state)
 
 
 def is_due(step: int, every_steps: int) -> bool:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 
 from lost.config.training import OptimizerConfig
-from lost.train.engine import Engine, Fill, Read
+from lost.train.engine import Engine, Fill, Read, trained_names
 from lost.train.norms import local_square_sums, norms_by_group, scale_to_norm
 from lost.train.optim import build_optimizer, shape_of
 from lost.train.runtime import Runtime
@@ -70,7 +70,7 @@ class ZeroEngine(Engine):
         self._has_gradients = True
 
     def group_norms(self) -> dict[str, float]:
-        weights = {name: own_weight(parameter) for name, parameter in self.model.named_parameters()}
+        weights = {name: own_weight(parameter) for name, parameter in self._trained().items()}
         return norms_by_group(weights, self._gradients(), self._square_sums)
 
     def clip_gradients(self, max_grad_norm: float) -> float:
@@ -98,7 +98,10 @@ class ZeroEngine(Engine):
         """Parameters as shards on the CPU, gathered one at a time; float32 whatever the precision."""
         shards: dict[nn.Parameter, torch.Tensor] = {}
         tensors = {}
+        names = trained_names(self.model)
         for name, value in self.model.state_dict(keep_vars=True).items():
+            if name not in names:
+                continue
             if not isinstance(value, nn.Parameter):
                 tensors[name] = value
                 continue
@@ -116,7 +119,7 @@ class ZeroEngine(Engine):
         assert len(steps) == 1, steps
         step = torch.tensor(steps.pop())
         tensors = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained().items():
             tensors[f"{name}/step"] = step.clone()
             for key in MOMENTS:
                 tensors[f"{name}/{key}"] = self._sharded_on_cpu(parameter, self._own_moment(parameter, key))
@@ -126,14 +129,14 @@ class ZeroEngine(Engine):
     def load_model(self, read: Read) -> None:
         tensors = self.model_tensors()
         read(tensors)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained().items():
             whole = whole_of(tensors[name]).to(self.runtime.device)
             write_own(own_weight(parameter), parameter, whole)
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
                 parameter.copy_(whole)
 
     def load_optimizer(self, read: Read, names: set[str]) -> None:
-        parameters = dict(self.model.named_parameters())
+        parameters = self._trained()
         expected = {f"{name}/{key}" for name in parameters for key in ("step", *MOMENTS)}
         if names != expected:
             differing = ", ".join(sorted(names ^ expected)[:5])
@@ -162,7 +165,11 @@ class ZeroEngine(Engine):
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """This process's part of every gradient, in the memory that the optimizer reads; maybe empty."""
-        return {name: own_gradient(parameter) for name, parameter in self.model.named_parameters()}
+        return {name: own_gradient(parameter) for name, parameter in self._trained().items()}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """DeepSpeed keeps neither float32 weights nor moments of what is frozen."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _square_sums(self, parts: list[torch.Tensor]) -> torch.Tensor:
         return self.runtime.sum_over_processes(local_square_sums(parts))
@@ -216,7 +223,7 @@ def take_over(model: nn.Module, runtime: Runtime) -> dict[nn.Parameter, DTensor]
     """Makes plain parameters of the shards, in the dtype of the forward; with zero3 each goes to DeepSpeed at once.
 
     Returns:
-        With precision=bf16 the float32 shards of every parameter, else nothing.
+        With precision=bf16 the float32 shards of every trained parameter, else nothing.
     """
     kept: dict[nn.Parameter, DTensor] = {}
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
@@ -226,7 +233,7 @@ def take_over(model: nn.Module, runtime: Runtime) -> dict[nn.Parameter, DTensor]
         parameter = nn.Parameter(shard.full_tensor().to(dtype))
         if runtime.zero_stage == 3:
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), dtype=dtype)
-        if dtype != shard.dtype:
+        if dtype != shard.dtype and shard.requires_grad:
             kept[parameter] = shard
         return parameter
 
@@ -242,6 +249,7 @@ def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], torch.Te
             if parameter not in made:
                 value = make(parameter)
                 made[parameter] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+                made[parameter].requires_grad_(parameter.requires_grad)
             setattr(module, name, made[parameter])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import lost.assemble.pretrain
+import lost.assemble.run
 import lost.train.trainer
 from lost.data import TokenRows
 from lost.testing.bad_steps import batches_without, carry_out_both
@@ -85,7 +85,7 @@ def test_going_back_gives_the_run_that_never_saw_the_bad_rows(tmp_path, corpus, 
     assert counters(tmp_path / "run", 12)["left_out"] == [[6, 7]]
     assert counters(tmp_path / "run", 12)["num_rollbacks"] == 1
 
-    monkeypatch.setattr(lost.assemble.pretrain, "batches_of", batches_without({6, 7}))
+    monkeypatch.setattr(lost.assemble.run, "batches_of", batches_without({6, 7}))
     assert lost_here(*command(tmp_path / "never", corpus, *options)) == 0
     assert final(tmp_path / "run") == final(tmp_path / "never")
     ours = read_metrics(tmp_path / "run")
@@ -146,7 +146,7 @@ def test_the_next_rows_may_be_bad_too(tmp_path, corpus, monkeypatch, poison):
     assert lost_here(*command(tmp_path / "run", corpus)) == 0
     assert counters(tmp_path / "run", 12)["left_out"] == [[6, 9]]
     assert counters(tmp_path / "run", 12)["num_rollbacks"] == 2
-    monkeypatch.setattr(lost.assemble.pretrain, "batches_of", batches_without({6, 7, 8, 9}))
+    monkeypatch.setattr(lost.assemble.run, "batches_of", batches_without({6, 7, 8, 9}))
     assert lost_here(*command(tmp_path / "never", corpus)) == 0
     assert final(tmp_path / "run") == final(tmp_path / "never")
 

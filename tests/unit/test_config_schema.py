@@ -6,14 +6,14 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from lost.config import schema
+from lost.config import finetune, schema
 from lost.config.choices import ROOTS, config_folder, known_keys, read_root
 from lost.config.section import Section, choices_of, is_section, rule_of, setting
 
 SECTIONS = sorted(
     {
         item
-        for item in vars(schema).values()
+        for item in (*vars(schema).values(), *vars(finetune).values())
         if isinstance(item, type) and issubclass(item, Section) and item is not Section
     },
     key=lambda section: section.__name__,
@@ -35,7 +35,7 @@ def content_of(name: str) -> dict:
 def section_of(name: str) -> type[Section]:
     """The section that a group's file fills."""
     group, choice = name.split("/")
-    hint = get_type_hints(schema.PretrainConfig)[group]
+    hint = {**get_type_hints(finetune.FinetuneConfig), **get_type_hints(schema.PretrainConfig)}[group]
     return choices_of(hint).get(choice, hint)
 
 

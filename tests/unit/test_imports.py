@@ -27,6 +27,7 @@ LEVELS = {
     "lost.export": 3,
     "lost.assemble": 4,
     "lost.bench": 5,
+    "lost.finetune": 5,
     "lost.convert": 5,
     "lost.cli": 6,
 }

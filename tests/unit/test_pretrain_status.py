@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from lost.assemble.pretrain import status_of_failures
+from lost.assemble.run import status_of_failures
 from lost.checkpoint import read_status, write_status
 from lost.train.runtime import Runtime
 from lost.train.state import TrainState

@@ -1,0 +1,207 @@
+"""Labelled texts of files or of GLUE: the sets of a classification task and what its labels are."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lost.config.finetune import FinetuneDataConfig
+from lost.finetune.records import Record, field_of, files_of, hash_of_files, is_held_out, read_records, text_of
+from lost.utils.errors import DataError
+from lost.utils.hub import is_hub_id, may_be_cached, require_hub
+
+Label = int | float | str
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """Columns and metrics of a task of GLUE (arXiv 1804.07461); the first metric is the one that selects."""
+
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    validation: tuple[str, ...] = ("validation",)
+
+
+GLUE = {
+    "cola": GlueTask(("sentence",), ("matthews",)),
+    "sst2": GlueTask(("sentence",)),
+    "mrpc": GlueTask(("sentence1", "sentence2"), ("accuracy", "f1")),
+    "qqp": GlueTask(("question1", "question2"), ("accuracy", "f1")),
+    "stsb": GlueTask(("sentence1", "sentence2"), ("pearson", "spearman")),
+    "mnli": GlueTask(("premise", "hypothesis"), validation=("validation_matched", "validation_mismatched")),
+    "qnli": GlueTask(("question", "sentence")),
+    "rte": GlueTask(("sentence1", "sentence2")),
+    "wnli": GlueTask(("sentence1", "sentence2")),
+}
+
+
+@dataclass
+class Examples:
+    """Texts of one set, in the order of its files."""
+
+    texts: list[str] = field(default_factory=list)
+    pairs: list[str] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str, texts: list[str], label: Label) -> None:
+        self.texts.append(texts[0])
+        self.pairs += texts[1:]
+        self.labels.append(label)
+        self.places.append(place)
+
+
+@dataclass(frozen=True)
+class LabelledSets:
+    """A classification task.
+
+    Attributes:
+        train: to train on.
+        validation: by name; the first decides which checkpoint is kept.
+        test: by name.
+        label_names: of label 0, 1, ...; empty: labels are numbers to regress on.
+    """
+
+    train: Examples
+    validation: dict[str, Examples]
+    test: dict[str, Examples]
+    label_names: list[str]
+
+    def all(self) -> dict[str, Examples]:
+        return {"train": self.train, **self.validation, **self.test}
+
+
+def read_labelled(data: FinetuneDataConfig) -> LabelledSets:
+    """All sets that the settings name, labels as numbers from 0.
+
+    Raises:
+        DataError: what cannot be read, a label that is wrong or unknown, an empty set; names file and line.
+    """
+    sets = _read_glue(data) if data.glue else _read_files(data)
+    for name, examples in sets.all().items():
+        if not examples.texts:
+            raise DataError(
+                f"the {name} set has no example: give it more, or set data.validation_files or validation_fraction"
+            )
+    return sets
+
+
+def identity_of(data: FinetuneDataConfig) -> dict[str, Any]:
+    """What decides the examples: contents of files and the settings that pick from them."""
+    if data.glue:
+        folder = Path(data.glue_dataset).expanduser() / data.glue
+        files = sorted(folder.glob("*.parquet"))
+        return {"glue": data.glue, "dataset": data.glue_dataset, "files": hash_of_files(files)}
+    keys = ("validation_fraction", "text_field", "pair_field", "label_field", "num_labels")
+    named = {key: getattr(data, key) for key in ("train_files", "validation_files", "test_files")}
+    hashes = {key: hash_of_files(files_of(entries, f"data.{key}")) for key, entries in named.items()}
+    return {key: getattr(data, key) for key in keys} | hashes
+
+
+def _read_files(data: FinetuneDataConfig) -> LabelledSets:
+    train, held_out = Examples(), Examples()
+    for place, record in _records(data, "train_files"):
+        is_out = not data.validation_files and is_held_out(record, data.validation_fraction)
+        _add(held_out if is_out else train, place, record, data)
+    validation = {"validation": _examples(data, "validation_files") if data.validation_files else held_out}
+    test = {"test": _examples(data, "test_files")} if data.test_files else {}
+    names = _label_names(train, data.num_labels)
+    for examples in (train, *validation.values(), *test.values()):
+        _number_labels(examples, names)
+    return LabelledSets(train, validation, test, names)
+
+
+def _records(data: FinetuneDataConfig, key: str) -> Iterator[tuple[str, Record]]:
+    return read_records(files_of(getattr(data, key), f"data.{key}"), f"data.{key}")
+
+
+def _examples(data: FinetuneDataConfig, key: str) -> Examples:
+    examples = Examples()
+    for place, record in _records(data, key):
+        _add(examples, place, record, data)
+    return examples
+
+
+def _add(examples: Examples, place: str, record: Record, data: FinetuneDataConfig) -> None:
+    texts = [text_of(record, data.text_field, "data.text_field", place)]
+    if data.pair_field:
+        texts.append(text_of(record, data.pair_field, "data.pair_field", place))
+    label = field_of(record, data.label_field, "data.label_field", place)
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise DataError(f"{place}: label {label!r} in '{data.label_field}': must be a whole number or a word")
+    examples.add(place, texts, label)
+
+
+def _label_names(train: Examples, num_labels: int) -> list[str]:
+    """Names of the labels: the words sorted, or 0 to the largest number.
+
+    Raises:
+        DataError: words and numbers mixed, or a single label.
+    """
+    words = sorted({label for label in train.labels if isinstance(label, str)})
+    numbers = [label for label in train.labels if not isinstance(label, str)]
+    if words and (numbers or num_labels):
+        what = f"data.num_labels = {num_labels}" if num_labels else "some labels are whole numbers"
+        raise DataError(
+            f"{what}, but there are words among the labels ({', '.join(words[:3])}): number all from 0, or name all by"
+            " words and leave data.num_labels out"
+        )
+    names = words or [str(number) for number in range(num_labels or int(max(numbers, default=0)) + 1)]
+    if len(names) < 2:
+        raise DataError(f"every training example has the label {names[0]}: there is nothing to tell apart")
+    return names
+
+
+def _number_labels(examples: Examples, names: list[str]) -> None:
+    """Turns labels into numbers, in place.
+
+    Raises:
+        DataError: a label that is not among the names; names the line.
+    """
+    numbers = {name: number for number, name in enumerate(names)}
+    for index, (label, place) in enumerate(zip(examples.labels, examples.places, strict=True)):
+        if str(label) not in numbers:
+            known = f"0 to {len(names) - 1}" if names == [str(n) for n in range(len(names))] else ", ".join(names[:10])
+            raise DataError(
+                f"{place}: label {label} is outside the range: labels are {known}. Mend the label, or set"
+                " data.num_labels where the training examples do not have every label"
+            )
+        examples.labels[index] = numbers[str(label)]
+
+
+def _read_glue(data: FinetuneDataConfig) -> LabelledSets:
+    """Train and validation splits; the labels of GLUE's own test sets are not public."""
+    task = GLUE[data.glue]
+    splits = {name: _glue_split(data, name) for name in ("train", *task.validation)}
+    labels = splits["train"].features["label"]
+    sets = {name: _glue_examples(split, task, f"GLUE {data.glue}, {name}") for name, split in splits.items()}
+    names = list(getattr(labels, "names", None) or [])
+    if not names and data.glue != "stsb":
+        names = [str(number) for number in range(int(max(sets["train"].labels)) + 1)]
+    return LabelledSets(sets.pop("train"), sets, {}, names)
+
+
+def _glue_examples(records: Iterable[Any], task: GlueTask, where: str) -> Examples:
+    examples = Examples()
+    for number, record in enumerate(records):
+        examples.add(f"{where}:{number}", [record[column] for column in task.columns], record["label"])
+    return examples
+
+
+def _glue_split(data: FinetuneDataConfig, split: str):
+    import datasets
+
+    folder = Path(data.glue_dataset).expanduser() / data.glue
+    if folder.is_dir():
+        files = sorted(str(path) for path in folder.glob(f"{split}-*.parquet"))
+        if not files:
+            raise DataError(f"data.glue_dataset: no file matches {folder}/{split}-*.parquet")
+        return datasets.load_dataset("parquet", data_files=files, split="train")
+    if not is_hub_id(data.glue_dataset):
+        raise DataError(f"data.glue_dataset = {data.glue_dataset}: there is no folder {folder}, and it is no hub id")
+    if not may_be_cached(data.glue_dataset, "dataset"):
+        require_hub(
+            f"data.glue = {data.glue} is read from {data.glue_dataset}",
+            "give a folder: data.glue_dataset=<folder with cola/train-*.parquet, ...>, or your own data.train_files",
+        )
+    return datasets.load_dataset(data.glue_dataset, data.glue, split=split)

@@ -1,0 +1,182 @@
+"""The model that fine-tuning starts from: any source, as a language model or with the head of a classifier."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lost.assemble.load import config_of_checkpoint, first_line, load_model, load_tokenizer, some_of
+from lost.assemble.locate import Place, locate
+from lost.assemble.source import special_ids
+from lost.checkpoint.manifest import verify
+from lost.checkpoint.shards import read_whole
+from lost.config.finetune import FinetuneConfig
+from lost.finetune.tokens import pad_id_of
+from lost.model.build import llama_config
+from lost.utils.errors import ConfigError, LostError
+from lost.utils.quiet import quiet_libraries
+
+# Of a run that trains every parameter: what a resume builds the model from, so that the source may be gone.
+MODEL_CONFIG = "model_config"
+# Layers of an encoder between its blocks and the classifier, which pre-trained checkpoints often lack.
+NEW_LAYERS = ("pooler",)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The labels of a classifier; no names: one number to regress on."""
+
+    label_names: tuple[str, ...]
+
+    def keys(self) -> dict[str, Any]:
+        """What transformers' config says about it."""
+        if not self.label_names:
+            return {"num_labels": 1, "problem_type": "regression"}
+        return {
+            "id2label": dict(enumerate(self.label_names)),
+            "label2id": {name: number for number, name in enumerate(self.label_names)},
+            "problem_type": "single_label_classification",
+        }
+
+
+def tokenizer_of(config: FinetuneConfig) -> PreTrainedTokenizerBase:
+    """The source's tokenizer; of a run that goes on, the one in run_dir."""
+    own = Path(config.run_dir) / "tokenizer"
+    if (own.parent / "config.yaml").is_file() and own.is_dir():
+        return load_tokenizer(Place("export", own.parent, own, None, str(own)))
+    return load_tokenizer(locate(config.source))
+
+
+def starting_model(config: FinetuneConfig, head: Head | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The source's model on the CPU; with `head` as a classifier, whose new weights come from config.seed.
+
+    Raises:
+        LostError: the source cannot be read, or is no model for the task.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        if head is None:
+            return load_model(config.source, "cpu", dtype).model
+        return classifier(locate(config.source), head, dtype)
+
+
+def classifier(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
+    """A sequence classifier on the weights of `place`."""
+    if place.kind == "checkpoint":
+        return on_own_checkpoint(place, head, dtype)
+    return on_export(place, head, dtype)
+
+
+def on_own_checkpoint(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
+    """On the backbone of a checkpoint of `lost pretrain`."""
+    tensors = tensors_of(place.folder)
+    run = config_of_checkpoint(place.folder)
+    config = llama_config(run.model, run.parameterization, special_ids(load_tokenizer(place)))
+    config.update(head.keys())
+    return loaded_classifier(class_for(config, place), place, None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def on_export(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
+    """On a Hugging Face folder: a language model, an encoder, or a classifier already."""
+    try:
+        config = AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False, **head.keys())
+    except (OSError, ValueError) as error:
+        raise LostError(
+            f"source = {place.name}: its config.json names no model that transformers or lost knows"
+            f" ({first_line(error)})"
+        ) from error
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
+    return loaded_classifier(class_for(config, place), place, place.folder, **options)
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors in a checkpoint, verified; of an adapter method the trained ones."""
+    return read_whole(checkpoint, "model", verify(checkpoint, "model").aliases.get("model", {}))
+
+
+def class_for(config: Any, place: Place) -> Any:
+    """The classifier of a config's family.
+
+    Raises:
+        LostError: transformers has none.
+    """
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise LostError(
+            f"source = {place.name} is a {config.model_type} model, for which there is no text classifier: take a"
+            " decoder such as llama or lost_llama, or an encoder such as roberta or bert"
+        )
+    return AutoModelForSequenceClassification._model_mapping[type(config)]
+
+
+def loaded_classifier(kind: Any, place: Place, folder: Path | None, **options: Any) -> PreTrainedModel:
+    """from_pretrained, where only the head (and an encoder's pooler) may be new.
+
+    Raises:
+        LostError: files that cannot be read, or a backbone that is not whole.
+    """
+    try:
+        with quiet_libraries():
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise LostError(f"source = {place.name}: its weights cannot be loaded: {first_line(error)}") from error
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    wrong = backbone_names(model, {*info["missing_keys"], *mismatched})
+    if wrong:
+        raise LostError(f"source = {place.name}: its weights lack {some_of(wrong)}: the folder is not complete")
+    return model
+
+
+def backbone_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the names that belong to the pre-trained part of a classifier."""
+    prefix = f"{model.base_model_prefix}."
+    return [name for name in names if name.startswith(prefix) and not set(name.split(".")) & set(NEW_LAYERS)]
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the top modules of a classifier that are not its pre-trained part, such as score or classifier."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+
+
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tells a classifier on a decoder which id is padding: it reads the last token that is none."""
+    model.config.get_text_config().pad_token_id = pad_id_of(tokenizer)
+
+
+def save_model_config(model: PreTrainedModel, run_dir: Path) -> None:
+    with quiet_libraries():
+        model.config.save_pretrained(run_dir / MODEL_CONFIG)
+
+
+def model_as_stored(run_dir: Path, checkpoint: Path, dtype: torch.dtype, *, is_classifier: bool) -> PreTrainedModel:
+    """The model of a run that trains every parameter, from the run directory alone."""
+    config = AutoConfig.from_pretrained(run_dir / MODEL_CONFIG, local_files_only=True)
+    auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    tensors = tensors_of(checkpoint)
+    with quiet_libraries():
+        return auto._model_mapping[type(config)].from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def refuse_encoder(place: Place, task: str) -> None:
+    """Raises where the source cannot write text.
+
+    Raises:
+        ConfigError: it is an encoder.
+    """
+    path = place.folder / "config.json"
+    if place.kind != "export" or not path.is_file():
+        return
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type", "unknown")
+    config = AutoConfig.from_pretrained(place.folder, local_files_only=True)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(f"task = {task}: source = {place.name} is a {model_type} model, which writes no text")
