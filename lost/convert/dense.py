@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lost.assemble.load import first_line, some_of
@@ -27,9 +29,10 @@ _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file, known from the file's header."""
+    """One tensor of a file, known from the file's header, by its name there."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -57,13 +60,14 @@ class DenseCheckpoint:
             )
         self.config: Any = config_of(place)
         self.model = meta_model(self.config)
-        self.stored = self._needed(tensors_of(place))
+        self.stored = self._needed(by_model_name(self.model, tensors_of(place)))
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file."""
+        stored = self.stored[name]
         try:
-            with safe_open(self.stored[name].file, framework="pt") as file:
-                return file.get_tensor(name)
+            with safe_open(stored.file, framework="pt") as file:
+                return file.get_tensor(stored.name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"source = {self.place.name}: {name} cannot be read: {first_line(error)}") from error
 
@@ -141,13 +145,23 @@ def tensors_of(place: Place) -> dict[str, Stored]:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     header = opened.get_slice(name)
-                    found[name] = Stored(file, tuple(header.get_shape()), str(header.get_dtype()))
+                    found[name] = Stored(file, name, tuple(header.get_shape()), str(header.get_dtype()))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"source = {place.name}: {file.name} cannot be read: {first_line(error)}. It is damaged or cut off:"
                 " fetch it again"
             ) from error
     return found
+
+
+def by_model_name(model: PreTrainedModel, found: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors by the names that they have in the model: some families' files name them otherwise."""
+    renamings = [rule for rule in get_model_conversion_mapping(model) or [] if isinstance(rule, WeightRenaming)]
+    wanted: Any = model.state_dict()
+    return {
+        rename_source_key(name, renamings, [], model.base_model_prefix, wanted)[0]: stored
+        for name, stored in found.items()
+    }
 
 
 def weight_files(place: Place) -> list[Path]:

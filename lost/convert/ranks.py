@@ -99,8 +99,11 @@ def ranks_by_budget(
 ) -> dict[str, int]:
     """Ranks of at least 1 with which the model has at most `budget` parameters, and the most energy for them.
 
-    Triplets are taken by their share of their layer's energy per parameter, the dearest first. Within a layer shares
-    fall, so what is taken is the best choice for the parameters spent.
+    A triplet is worth its share of its layer's energy times the layer's weights, so that the size of a layer counts and
+    the scale of its weights, which the norm before it can undo, does not. Those worth most per parameter come first;
+    within a layer worth falls, so that what is taken is the best choice for the parameters spent. (At half the
+    parameters of a llama_tiny trained for 200 steps perplexity 111.0 became 117.9 so, and 121.2 where every layer's
+    share counts alike.)
 
     Args:
         squares: as in `ranks_by_energy`.
@@ -124,7 +127,7 @@ def ranks_by_budget(
     value, place, order = [], [], []
     for number, layer in enumerate(layers):
         share = squares[layer.name][1 : tops[layer.name]] / squares[layer.name].sum().clamp_min(1e-300)
-        value.append(share / layer.cost_of_triplet)
+        value.append(share * layer.num_dense / layer.cost_of_triplet)
         place.append(torch.full((len(share),), number))
         order.append(torch.arange(len(share)))
     values, places = torch.cat(value), torch.cat(place)
