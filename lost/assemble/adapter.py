@@ -16,7 +16,7 @@ from lost.checkpoint.io import read_json
 from lost.config.finetune import LoraMethodConfig, LostAdapterMethodConfig, MethodConfig
 from lost.config.section import build
 from lost.model.adapter import add_lost_adapters, merge_lost_adapters
-from lost.model.lora import merge_lora, register_lost, require_peft
+from lost.model.lora import merge_lora, quiet_peft, register_lost, require_peft
 from lost.utils.errors import LostError
 
 FACTS_NAME = "lost_adapter.json"
@@ -118,7 +118,8 @@ def with_lora(model: PreTrainedModel, folder: Path) -> nn.Module:
     peft = require_peft()
     config = peft.LoraConfig.from_pretrained(str(folder))
     register_lost(config)
-    return peft.PeftModel.from_pretrained(model, str(folder), config=config, autocast_adapter_dtype=False)
+    with quiet_peft():
+        return peft.PeftModel.from_pretrained(model, str(folder), config=config, autocast_adapter_dtype=False)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

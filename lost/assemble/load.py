@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lost.assemble.adapter import add_stored_adapter, merged, read_adapter_facts
 from lost.assemble.locate import Place, locate
 from lost.checkpoint.io import read_json
 from lost.checkpoint.manifest import verify
@@ -40,17 +41,21 @@ class Loaded:
         tokenizer: the one it was trained with.
         origin: folder or hub id that the weights were read from.
         place: where that is and which run made it.
+        layers_with_adapter: names of layers beside which an adapter stays, because it cannot be added to them.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     origin: str
     place: Place
+    layers_with_adapter: tuple[str, ...] = ()
 
 
 def load_model(source: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
     """The model that `source` names: a run directory (final/ if finished, else the newest complete checkpoint), a
-    checkpoint, an exported folder (LOST or any causal language model of transformers), or a hub id.
+    checkpoint, an exported folder (LOST or any causal language model of transformers), an adapter folder, or a hub id.
+
+    An adapter is added to the layers of its model where that is possible, else it stays beside them.
 
     Args:
         dtype: of the parameters; None: as they are stored.
@@ -59,8 +64,27 @@ def load_model(source: str, device: torch.device | str = "cpu", dtype: torch.dty
     """
     place = locate(source)
     tokenizer = load_tokenizer(place)
+    if place.kind == "adapter":
+        return load_with_adapter(place, tokenizer, device, dtype)
     model = load_checkpoint(place, tokenizer, dtype) if place.kind == "checkpoint" else load_export(place, dtype)
     return Loaded(model.to(device).eval(), tokenizer, place.name, place)  # pyright: ignore[reportArgumentType]
+
+
+def load_with_adapter(
+    place: Place, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, dtype: torch.dtype | None
+) -> Loaded:
+    """The language model of an adapter folder."""
+    facts = read_adapter_facts(place.folder)
+    if facts.task == "classification":
+        raise LostError(
+            f"source = {place.name} is the adapter of a classifier, not of a language model: load it in Python by"
+            " lost.finetune.adapter_folder.load_adapted(folder)"
+        )
+    base = load_model(facts.source, "cpu", dtype).model
+    model, left = merged(add_stored_adapter(base, place.folder))
+    model = model.to(device).eval()
+    assert isinstance(model, PreTrainedModel), model
+    return Loaded(model, tokenizer, place.name, place, tuple(left))
 
 
 def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
@@ -90,6 +114,11 @@ def config_of_checkpoint(folder: Path) -> PretrainConfig:
     facts = read_json(folder / "state.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise CheckpointError(f"{folder}/state.json holds no run config: it is not a checkpoint of `lost pretrain`")
+    if "method" in facts["config"]:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of `lost finetune`, which only that run goes on from: let it finish (the same"
+            " command), then use the model in its final/"
+        )
     return build(PretrainConfig, facts["config"])
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lost.assemble.adapter import is_adapter_folder
 from lost.checkpoint import CheckpointManager, read_status
 from lost.utils.errors import LostError
 from lost.utils.hub import is_hub_id, require_hub_for_source
@@ -32,7 +33,7 @@ class Place:
         name: the hub id, or the folder of the weights.
     """
 
-    kind: Literal["checkpoint", "export"]
+    kind: Literal["checkpoint", "export", "adapter"]
     folder: Path
     tokenizer_folder: Path
     run_dir: Path | None
@@ -58,6 +59,8 @@ def locate(source: str) -> Place:
 
 def locate_folder(folder: Path) -> Place:
     """The place inside a folder that exists."""
+    if is_adapter_folder(folder):
+        return Place("adapter", folder, folder, None, str(folder))
     if CHECKPOINT_NAME.fullmatch(folder.resolve().name) or (folder / "manifest.json").is_file():
         return checkpoint_place(folder)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
@@ -82,9 +85,9 @@ def run_place(run_dir: Path) -> Place:
     """
     final = run_dir / "final"
     status = read_status(run_dir) or {}
-    has_final = (final / "config.json").is_file()
+    has_final = (final / "config.json").is_file() or is_adapter_folder(final)
     if has_final and status.get("state") == "finished":
-        return export_place(final, run_dir)
+        return locate_folder(final) if is_adapter_folder(final) else export_place(final, run_dir)
     newest = CheckpointManager(run_dir / "checkpoints").latest()
     if newest is not None:
         return Place("checkpoint", newest, run_dir / "tokenizer", run_dir, str(newest))

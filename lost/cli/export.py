@@ -24,6 +24,7 @@ def run(config: ExportConfig) -> int:
     if config.push and not config.dry_run:
         require_token()
     loaded = load_model(config.source, "cpu", DTYPES[config.dtype])
+    refuse_adapter_beside(loaded)
     form = form_of(loaded, config)
     card = card_of(loaded, config, form)
     model, more_files = in_form(loaded.model, form)
@@ -45,6 +46,20 @@ def refuse_used_folder(target: Path) -> None:
         raise ConfigError(f"to = {target} is a file: give a folder that does not exist yet, or an empty one")
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"to = {target} is not empty: give a folder that does not exist yet, or an empty one")
+
+
+def refuse_adapter_beside(loaded: Loaded) -> None:
+    """Raises where no plain model is what `source` is.
+
+    Raises:
+        ConfigError: an adapter that cannot be added to its layers.
+    """
+    if loaded.layers_with_adapter:
+        raise ConfigError(
+            f"source = {loaded.origin}: its adapter cannot be added to {len(loaded.layers_with_adapter)} layers such as"
+            f" {loaded.layers_with_adapter[0]}, which are LOST or have an activation between; use the adapter folder as"
+            " it is, together with its model"
+        )
 
 
 def form_of(loaded: Loaded, config: ExportConfig) -> Form:

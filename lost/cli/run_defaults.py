@@ -19,6 +19,9 @@ def run_defaults(command: str, overrides: list[str]) -> dict[str, Any]:
         return {}
     try:
         config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+        if "method" in config:
+            # Of fine-tuning, whose data are examples.
+            return {}
         return {"data": config["data"], "seq_len": config["train"]["seq_len"]}
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         # Loading the model says what is wrong with the run; its data is then for the command line to name.

@@ -1,7 +1,8 @@
 """LoRA by peft, also beside LOST layers."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -48,9 +49,7 @@ def add_lora(model: nn.Module, method: LoraMethodConfig, head: Sequence[str]) ->
     )
     register_lost(config)
     # In the dtype of the model: fully_shard takes no mixture.
-    with warnings.catch_warnings():
-        # peft says that it does not know LOST layers, which `register_lost` has told it.
-        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+    with quiet_peft():
         return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
@@ -59,6 +58,16 @@ def short_names(model: nn.Module, names: list[str]) -> list[str]:
     words = sorted({name.rpartition(".")[2] for name in names})
     reached = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in words]
     return words if sorted(reached) == sorted(names) else names
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warnings of peft that it does not know LOST layers, which `register_lost` has told it, and that it
+    asks transformers by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def register_lost(config: Any) -> None:
