@@ -15,6 +15,8 @@ def run(config: "BenchConfig") -> "BenchResult":
         from lost.bench.checkpoint import bench_checkpoint as bench
     elif config.what == "loop":
         from lost.bench.loop import bench_loop as bench
+    elif config.what == "generate":
+        from lost.bench.generate import bench_generate as bench
     else:
         from lost.bench.step import bench_step as bench
     result = bench(config)

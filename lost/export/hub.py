@@ -48,7 +48,7 @@ def push_folder(folder: Path, hub_id: str, *, private: bool) -> str:
         api.create_repo(hub_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Exported by lost")
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise LostError(
             f"push = {hub_id}: the hub did not take it: {reason}. {folder} is written and whole; send it later with"
             f" `hf upload {hub_id} {folder}`"

@@ -140,7 +140,7 @@ def test_tasks_and_perplexity_are_one_table(folder, capsys):
     [
         (
             ["tasks=[tiny_chioce]", "task_folders=[{folder}/task_files]"],
-            "tiny_chioce is no task (did you mean tiny_choice?)",
+            "tiny_chioce is no task of lm-eval (did you mean tiny_choice?)",
         ),
         (["tasks=[/no/task.yaml]"], "there is no file /no/task.yaml"),
         (["tasks=[tiny_choice]", "task_folders=[/no/folder]"], "/no/folder is no folder"),
@@ -171,7 +171,7 @@ def test_a_task_of_the_hub_without_a_hub_says_so(folder, capsys, monkeypatch):
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     assert lost_here("evaluate", f"source={folder / 'lost'}", "tasks=[arc_easy]", "perplexity=false") == 2
-    assert "tasks = arc_easy may need it" in capsys.readouterr().err
+    assert "tasks = arc_easy read their questions from it" in capsys.readouterr().err
 
 
 def test_a_measure_without_scores_is_compared_unpaired():

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from lost_kernels.lost_linear.autograd_impl import lost_linear_autograd
+from lost_kernels.lost_linear.few_rows import few_rows_linear, has_few_rows
 from lost_kernels.lost_linear.reference import ACTIVATIONS
 from lost_kernels.lost_linear.reference import lost_linear as reference_lost_linear
 
@@ -27,6 +28,8 @@ def lost_linear(
     With recompute_z the backward pass makes z = [gamma act(h) | (1 - gamma) x_I] again instead of keeping it.
     """
     arguments = (x, low_rank_down, low_rank_up, sparse_weight, sparse_index, gamma, activation, bias)
+    if selection_axis == "columns" and has_few_rows(x):
+        return few_rows_linear(*arguments)
     if selection_axis == "columns":
         return lost_linear_autograd(*arguments, recompute_z=recompute_z)
     return reference_lost_linear(*arguments, selection_axis=selection_axis)
