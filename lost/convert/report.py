@@ -216,9 +216,11 @@ def _span(values: list[int]) -> str:
 
 def draw(layers: list[dict[str, Any]], path: Path) -> None:
     """Rank, energy kept and relative error over the blocks, one line a projection."""
-    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, 4), dpi=110)
     FigureCanvasAgg(figure)
     panels: list[Axes] = list(figure.subplots(1, 3))
+    # Fitting the panels to their labels would draw the picture twice.
+    figure.subplots_adjust(left=0.04, right=0.84, bottom=0.12, top=0.91, wspace=0.16)
     for axes, key, words in zip(
         panels,
         ("lost_rank", "energy_kept", "relative_error"),
@@ -234,5 +236,5 @@ def draw(layers: list[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, color="#e2e8f0", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper right", frameon=False, fontsize=8)
     figure.savefig(path)
