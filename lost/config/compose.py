@@ -82,7 +82,7 @@ def read_overrides(command: str, overrides: list[str]) -> Request:
             _choose(command, request, key, text.strip())
         else:
             _set(command, request, key, text)
-    _one_length(request)
+    _one_length(command, request)
     return request
 
 
@@ -113,10 +113,12 @@ def _set(command: str, request: Request, key: str, text: str) -> None:
     request.problems.append(f"unknown key {key}{_nearest_key(command, key)}")
 
 
-def _one_length(request: Request) -> None:
-    """Whoever types only max_tokens means it: the experiment's max_steps must not end the run before."""
+def _one_length(command: str, request: Request) -> None:
+    """Whoever types only one length means it: those of the experiment or the defaults must not end the run before."""
     if ("train", "max_tokens") in request.values:
         request.values.setdefault(("train", "max_steps"), 0)
+    if "train.num_epochs" in known_keys(command) and ("train", "max_steps") in request.values:
+        request.values.setdefault(("train", "num_epochs"), 0.0)
 
 
 def _entry_hint(hint: Any) -> Any:

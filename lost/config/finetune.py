@@ -194,7 +194,7 @@ class FinetuneTrainConfig(TrainConfig):
     """How long and on how much at a time."""
 
     num_epochs: float = setting(
-        "passes over the training rows; 0: given by max_steps or max_tokens; the earliest of all ends the run",
+        "passes over the training rows; 0 (also where max_steps or max_tokens are typed): given by those",
         3.0,
         at_least=0,
     )

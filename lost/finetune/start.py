@@ -1,6 +1,5 @@
 """The model that fine-tuning starts from: any source, as a language model or with the head of a classifier."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -67,6 +67,7 @@ def starting_model(config: FinetuneConfig, head: Head | None, dtype: torch.dtype
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         if head is None:
+            refuse_encoder(config.source)
             return load_model(config.source, "cpu", dtype).model
         return classifier(locate(config.source), head, dtype)
 
@@ -167,16 +168,18 @@ def model_as_stored(run_dir: Path, checkpoint: Path, dtype: torch.dtype, *, is_c
         return auto._model_mapping[type(config)].from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 
 
-def refuse_encoder(place: Place, task: str) -> None:
+def refuse_encoder(source: str) -> None:
     """Raises where the source cannot write text.
 
     Raises:
-        ConfigError: it is an encoder.
+        ConfigError: it is an encoder such as RoBERTa.
     """
-    path = place.folder / "config.json"
-    if place.kind != "export" or not path.is_file():
+    place = locate(source)
+    if place.kind != "export":
         return
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type", "unknown")
-    config = AutoConfig.from_pretrained(place.folder, local_files_only=True)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ConfigError(f"task = {task}: source = {place.name} is a {model_type} model, which writes no text")
+    config: Any = AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False)
+    if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+        raise ConfigError(
+            f"source = {source} is a {config.model_type} model, an encoder, which writes no text: use it with"
+            " task=classification, or take a language model"
+        )

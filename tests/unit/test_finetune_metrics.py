@@ -36,7 +36,8 @@ def test_matthews_of_many_labels_from_the_confusion_matrix():
     for p, t in zip(predicted, labels, strict=True):
         c[t, p] += 1
     # Gorodkin 2004, as sums over k, l, m.
-    above = sum(c[k, k] * c[l, m] - c[k, l] * c[m, k] for k in range(4) for l in range(4) for m in range(4))
+    kinds = range(4)
+    above = sum(c[k, k] * c[i, m] - c[k, i] * c[m, k] for k in kinds for i in kinds for m in kinds)
     left = sum(c[k].sum() * c[[x for x in range(4) if x != k]].sum() for k in range(4))
     right = sum(c[:, k].sum() * c[:, [x for x in range(4) if x != k]].sum() for k in range(4))
     assert matthews(predicted, labels) == pytest.approx(above / np.sqrt(left * right))

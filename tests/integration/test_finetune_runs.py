@@ -1,0 +1,171 @@
+"""`lost finetune` end to end on tiny models: methods, sources, tasks, early end, resume, and what is left behind."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lost.finetune.adapter_folder import load_adapted
+from lost.testing.examples import finetune_run, tiny_roberta, write_conversations, write_labelled
+from lost.testing.forked import Forked
+from lost.testing.runs import lost_here, read_metrics, tiny_run, write_corpus
+from lost.testing.tiny import tiny_llama, tiny_tokenizer
+
+METHODS = ["full", "lora", "lost_adapter"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a pre-trained LOST run, a dense export and examples."""
+    folder = tmp_path_factory.mktemp("finetune")
+    assert lost_here(*tiny_run(folder / "lost_run", write_corpus(folder), "train.max_steps=4")) == 0
+    tiny_llama(initializer_range=0.1).save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    write_labelled(folder / "train.jsonl", 120)
+    write_labelled(folder / "test.jsonl", 40, seed=1)
+    write_conversations(folder / "chat.jsonl", 40)
+    return folder
+
+
+def finetuned(place, name, source, *overrides):
+    arguments = finetune_run(place / name, place / source, place / "train.jsonl", *overrides)
+    assert lost_here(*arguments) == 0
+    return place / name
+
+
+def evaluations(run_dir, key):
+    return {line["step"]: line[key] for line in read_metrics(run_dir) if key in line}
+
+
+@pytest.mark.parametrize("source", ["lost_run", "dense"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_from_every_kind_of_model(place, method, source):
+    if method == "lora":
+        pytest.importorskip("peft")
+    test = f"data.test_files=[{place / 'test.jsonl'}]"
+    more = ["train.max_steps=40", "optimizer.learning_rate=0.01", f"method={method}", test]
+    run = finetuned(place, f"{method}_{source}", source, *more)
+    result = json.loads((run / "result.json").read_text())
+    assert result["test"]["test"]["accuracy"] >= 0.9
+    assert evaluations(run, "eval/accuracy")[result["kept_step"]] == max(evaluations(run, "eval/accuracy").values())
+    model = load_adapted(run / "final") if method != "full" else loaded(run / "final")
+    check_predictions(model, run, place / "test.jsonl")
+
+
+def loaded(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def check_predictions(model, run, file):
+    """What is saved gives the predictions that the run wrote, one text at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "predictions" / "test.jsonl").read_text().splitlines()]
+    for text, line in zip(texts, lines, strict=True):
+        probabilities = model(**tokenizer(text, return_tensors="pt")).logits.softmax(1)[0]
+        assert np.allclose(probabilities, line["probabilities"], atol=1e-4)
+
+
+def test_an_encoder_becomes_a_classifier(place):
+    tiny_roberta(place / "roberta")
+    run = finetuned(place, "encoder", "roberta", "train.max_steps=30", "method=lost_adapter")
+    model = load_adapted(run / "final")
+    assert type(model).__name__ == "RobertaForSequenceClassification"
+    losses = evaluations(run, "eval/loss")
+    assert losses[30] < losses[0]
+    assert lost_here(*finetune_run(place / "e2", place / "roberta", place / "train.jsonl", "task=text")) == 2
+
+
+def test_the_best_checkpoint_is_kept_and_training_ends_when_nothing_gets_better(place):
+    # So high a rate that the first evaluation is hardly the worst.
+    more = ["train.max_steps=60", "evaluation.every_steps=2", "evaluation.patience=3", "checkpoint.keep=1"]
+    run = finetuned(place, "early", "lost_run", *more, "evaluation.metric=loss", "optimizer.learning_rate=0.3")
+    losses = {step: loss for step, loss in evaluations(run, "eval/loss").items() if step}
+    status, result = (json.loads((run / name).read_text()) for name in ("status.json", "result.json"))
+    best = min(losses, key=losses.__getitem__)
+    assert (result["kept_step"], result["last_step"]) == (best, max(losses))
+    assert max(losses) == best + 3 * 2 < 60
+    assert (status["state"], status["step"]) == ("finished", max(losses))
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == [f"step_{best:08d}", f"step_{max(losses):08d}"]
+    final = load_file(run / "final" / "model.safetensors")
+    stored = load_file(next((run / "checkpoints" / kept[0]).glob("model_*")))
+    assert all(torch.equal(final[name], stored[f"model/{name}"]) for name in final)
+    # Asked again, it is done.
+    before = (run / "metrics.jsonl").read_bytes()
+    finetuned(place, "early", "lost_run", *more, "evaluation.metric=loss", "optimizer.learning_rate=0.3")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_bit_for_bit(place, method):
+    if method == "lora":
+        pytest.importorskip("peft")
+    options = [f"method={method}", "evaluation.keep=last"]
+    options += ["method.dropout=0.3"] if method == "lora" else []
+    options += ["method.init=svd"] if method == "lost_adapter" else []
+    whole = finetuned(place, f"whole_{method}", "dense", *options)
+    broken = place / f"broken_{method}"
+    arguments = finetune_run(broken, place / "dense", place / "train.jsonl", *options)
+    with Forked(place / "out", arguments) as forked:
+        forked.wait_until(lambda: (broken / "checkpoints" / "step_00000004" / "manifest.json").exists())
+        forked.send(0, signal.SIGKILL)
+        forked.exit_codes()
+    assert not (broken / "final").exists()
+    assert lost_here(*arguments) == 0
+    assert read_metrics(broken) == read_metrics(whole)
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    first, second = (load_file(run / "final" / name) for run in (whole, broken))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_full_run_goes_on_without_its_source_and_an_adapter_refuses_another(place):
+    for method in ("full", "lost_adapter"):
+        tiny_llama(initializer_range=0.1).save_pretrained(place / "gone")
+        tiny_tokenizer().save_pretrained(place / "gone")
+        arguments = [f"method={method}", "evaluation.keep=last"]
+        run = finetuned(place, f"gone_{method}", "gone", *arguments, "train.max_steps=8")
+        tiny_llama(seed=5).save_pretrained(place / "gone")
+        again = finetune_run(run, place / "gone", place / "train.jsonl", *arguments)
+        assert lost_here(*again) == (0 if method == "full" else 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_conversations_and_what_comes_of_them_everywhere_else(place, method, capsys):
+    if method == "lora":
+        pytest.importorskip("peft")
+    more = ["task=instruction", f"data.train_files=[{place / 'chat.jsonl'}]", f"method={method}", "train.seq_len=64"]
+    run = finetuned(place, f"chat_{method}", "dense", *more, "train.max_steps=16", "data.validation_fraction=0.2")
+    losses = evaluations(run, "eval/loss")
+    assert losses[16] < losses[0]
+    assert lost_here("generate", f"source={run}", "prompt=user: cat", "max_new_tokens=4", "do_sample=false") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert lost_here("export", f"source={run}", f"to={place / f'merged_{method}'}") == 0
+    assert (place / f"merged_{method}" / "config.json").is_file()
+    source = f"source={place / f'merged_{method}'}"
+    assert lost_here("generate", source, "prompt=user: cat", "max_new_tokens=4", "do_sample=false") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+def test_text(place):
+    more = ["task=text", f"data.train_files=[{place / 'corpus.jsonl'}]", "method=lost_adapter"]
+    run = finetuned(place, "text", "lost_run", *more)
+    losses = evaluations(run, "eval/loss")
+    assert losses[12] < losses[0]
+    # A LOST layer and an adapter are no single layer.
+    assert lost_here("export", f"source={run}", f"to={place / 'no'}") == 2
+    assert not (place / "no").exists()
+
+
+def test_epochs_decide_the_length(place):
+    run = finetuned(place, "epochs", "lost_run", "train.max_steps=0", "train.num_epochs=0.5")
+    sizes = len((place / "train.jsonl").read_text().splitlines())
+    steps = max(evaluations(run, "loss"))
+    # A tenth is held out, roughly.
+    assert 0.5 * 0.8 * sizes / 8 <= steps <= 0.5 * sizes / 8 + 1
