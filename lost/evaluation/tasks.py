@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lost.config.section import nearest
 from lost.evaluation.errors import Estimate
 from lost.utils.errors import ConfigError, DataError, LostError
-from lost.utils.hub import require_hub
+from lost.utils.hub import is_hub_id, require_hub
 from lost.utils.logging import get_logger
 
 log = get_logger(__name__)
 YAML_ENDINGS = (".yaml", ".yml")
+DATASET_PATH = re.compile(r"^dataset_path: *[\"']?([^\s\"'#]+)", re.MULTILINE)
+LOCAL_FORMATS = ("json", "csv", "text", "parquet", "arrow", "pandas")
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,12 @@ class Tasks:
                     for name in unknown
                 ]
             )
-        self._is_own = is_own
         return manager
 
     def _load(self) -> None:
         """Reads the questions once, so that what is wrong with them shows before a model is loaded."""
         hub_problem = None
-        if not self._is_own:
+        if self._may_need_hub():
             try:
                 require_hub(
                     f"tasks = {', '.join(self.names)} read their questions from it", "name a YAML file of yours"
@@ -119,6 +121,15 @@ class Tasks:
                 f"tasks = {', '.join(self.names)} cannot be loaded: {type(error).__name__}: {first_line(error)}."
                 " Paths in a task file count from the folder in which `lost` runs"
             ) from error
+
+    def _may_need_hub(self) -> bool:
+        """Whether a task, or a member of a group or tag, may name a data set of the hub."""
+        for name in self._specs():
+            entry = self._manager.task_index.get(name)
+            path = Path(name) if is_file_name(name) else entry.yaml_path if entry else None
+            if path is None or names_hub_data(path):
+                return True
+        return False
 
     def _specs(self) -> list[str]:
         return [
@@ -230,6 +241,12 @@ def measure_difference(measure: Measure, base: Measure) -> tuple[Estimate, bool]
         count = len(differences)
         return Estimate(value, math.sqrt(squares / (count - 1) / count)), True
     return Estimate(value, math.hypot(measure.standard_error, base.standard_error)), False
+
+
+def names_hub_data(path: Path) -> bool:
+    """Whether a task file names no data set, or one that is neither a format of local files nor a path."""
+    found = DATASET_PATH.search(path.read_text(encoding="utf-8", errors="replace"))
+    return found is None or (found[1] not in LOCAL_FORMATS and is_hub_id(found[1]))
 
 
 def is_file_name(name: str) -> bool:

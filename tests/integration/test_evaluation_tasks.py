@@ -3,6 +3,8 @@
 import json
 import math
 
+import datasets.config
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -56,7 +58,17 @@ def folder(tmp_path_factory):
     for path in (folder / "choice.yaml", folder / "task_files" / "choice.yaml"):
         path.write_text(CHOICE_TASK.format(questions=folder / "questions.jsonl"))
     write_corpus(folder, 12)
+    hub_task = CHOICE_TASK.format(questions="x").replace("path: json", "path: somebody/questions")
+    (folder / "hub.yaml").write_text(hub_task.replace("tiny_choice", "hub_choice"))
+    (folder / "defaults").mkdir()
+    (folder / "defaults" / "hub.yaml").write_text((folder / "hub.yaml").read_text())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def small_harness(folder, monkeypatch):
+    """lm-eval with one task of its own: reading its 14,000 files takes as long as all of these tests."""
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "defaults" / "manager.py"))
 
 
 def evaluated(folder, *overrides):
@@ -163,15 +175,15 @@ def test_mistakes_exit_2_with_one_message(folder, capsys, arguments, message):
     assert "Traceback" not in captured.err
 
 
-def test_a_task_of_the_hub_without_a_hub_says_so(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("task", ["hub_choice", "{folder}/hub.yaml"])
+def test_a_task_of_the_hub_without_a_hub_says_so(folder, capsys, monkeypatch, task):
+    """A task that lm-eval brings and a file of one's own, both with questions on the hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import datasets.config
-    import huggingface_hub.constants
-
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    assert lost_here("evaluate", f"source={folder / 'lost'}", "tasks=[arc_easy]", "perplexity=false") == 2
-    assert "tasks = arc_easy read their questions from it" in capsys.readouterr().err
+    named = task.format(folder=folder)
+    assert lost_here("evaluate", f"source={folder / 'lost'}", f"tasks=[{named}]", "perplexity=false") == 2
+    assert f"tasks = {named} read their questions from it" in capsys.readouterr().err
 
 
 def test_a_measure_without_scores_is_compared_unpaired():
