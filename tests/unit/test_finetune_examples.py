@@ -23,7 +23,8 @@ from lost.finetune.tokens import PairEncoder, check_ids, longest_input, shortene
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
 from lost.utils.errors import ConfigError, DataError
 
-CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 def write(path, records):
@@ -129,9 +130,7 @@ def test_two_texts_of_a_language_model_have_eos_between_and_the_longer_is_cut():
 
 
 def test_a_tokenizer_of_another_vocabulary_and_a_model_that_is_too_short():
-    with pytest.raises(
-        DataError, match=r"tokenizer of here gives token id 300, but the model's vocabulary ends at 257"
-    ):
+    with pytest.raises(DataError, match=r"of here gives token id 300, but the model's vocabulary ends at 257"):
         check_ids(300, 258, "here")
     check_ids(257, 258, "here")
     assert longest_input(tiny_llama().config, tiny_tokenizer()) == 64

@@ -1,0 +1,123 @@
+"""Does pre-training help a small classifier, and does a LOST model lose anything against a dense one?
+
+Pre-trains llama_tiny in LOST and dense form on English text, fine-tunes both on sentence polarity (and LOST also with
+an adapter, and from its initial weights), for several seeds, and compares accuracies on validation and test together.
+
+    python scripts/sentiment.py --english english --polarity sentence_polarity --out runs/sentiment
+
+Both folders hold {train,validation}.jsonl.gz, sentence_polarity also test.jsonl.gz. Runs that are done are not repeated.
+Early stopping is off and the last weights are kept, so that the validation set is as unseen as the test set.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+# name -> (pre-trained as, fine-tuned by)
+ARMS = {
+    "lost_full": ("lost", "full"),
+    "lost_adapter": ("lost", "lost_adapter"),
+    "dense_full": ("dense", "full"),
+    "random_full": ("random", "full"),
+}
+LEARNING_RATES = {"full": 3e-4, "lost_adapter": 3e-3}
+SETS = ("validation", "test")
+NUM_RESAMPLES = 10_000
+
+
+def main() -> None:
+    arguments = parsed()
+    hits = {arm: np.stack([hits_of(run_arm(arm, seed, arguments)) for seed in range(arguments.seeds)]) for arm in ARMS}
+    result = {
+        "sentences": hits["lost_full"].shape[1],
+        "seeds": arguments.seeds,
+        "accuracy": {arm: rows.mean(axis=1).tolist() for arm, rows in hits.items()},
+        "differences": {
+            f"{first} - {second}": interval(hits[first], hits[second])
+            for first, second in (
+                ("lost_full", "random_full"),
+                ("lost_adapter", "random_full"),
+                ("lost_full", "dense_full"),
+                ("lost_adapter", "dense_full"),
+            )
+        },
+    }
+    (arguments.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--english", type=Path, required=True, help="folder of the text to pre-train on")
+    parser.add_argument("--polarity", type=Path, required=True, help="folder of the labelled sentences")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of result.json")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretrain-steps", type=int, default=2000)
+    parser.add_argument("--epochs", type=float, default=3.0)
+    return parser.parse_args()
+
+
+def run_arm(arm: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """The run directory of one fine-tuning, made if it is not there."""
+    form, method = ARMS[arm]
+    source = pretrained(form, seed, arguments)
+    run_dir = arguments.out / f"{arm}_{seed}"
+    folder = arguments.polarity
+    files = {key: f"data.{key}_files=[{folder / key}.jsonl.gz]" for key in ("train", *SETS)}
+    more = [
+        f"method={method}",
+        f"optimizer.learning_rate={LEARNING_RATES[method]}",
+        f"train.num_epochs={arguments.epochs}",
+    ]
+    more += ["evaluation.keep=last", "train.seq_len=128", f"seed={seed}", "logging=none"]
+    lost("finetune", f"source={source}", "task=classification", *files.values(), f"run_dir={run_dir}", *more)
+    return run_dir
+
+
+def pretrained(form: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """The run directory of one pre-training; `random` are LOST's initial weights, after one step that changes nothing."""
+    run_dir = arguments.out / f"pretrained_{form}_{seed}"
+    files = [f"data.{key}_files=[{arguments.english / key}.jsonl.gz]" for key in ("train", "validation")]
+    length = ["train.max_steps=1", "optimizer.learning_rate=0"] if form == "random" else []
+    length = length or [f"train.max_steps={arguments.pretrain_steps}", "optimizer.learning_rate=0.003"]
+    parameterization = "dense" if form == "dense" else "lost"
+    settings = ["experiment=custom", "model=llama_tiny", f"parameterization={parameterization}", "data=text_files"]
+    lost("pretrain", *settings, *files, *length, f"seed={seed}", f"run_dir={run_dir}", "logging=none")
+    return run_dir
+
+
+def lost(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "lost", *words], check=True)
+
+
+def hits_of(run_dir: Path) -> np.ndarray:
+    """Whether each sentence of both sets was classified right, float64 [sentences]."""
+    texts = [(run_dir / "predictions" / f"{name}.jsonl").read_text().splitlines() for name in SETS]
+    lines = [json.loads(line) for part in texts for line in part]
+    return np.array([float(line["prediction"] == line["label"]) for line in lines])
+
+
+def interval(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Difference of accuracies in points, with a 95 % interval: sentences and seeds are drawn anew, in pairs.
+
+    Args:
+        first, second: hits [seeds, sentences] of two arms on the same sentences.
+    """
+    differences = 100 * (first - second)
+    generator = np.random.default_rng(0)
+    num_seeds, num_sentences = differences.shape
+    drawn = []
+    for _ in range(NUM_RESAMPLES):
+        seeds = generator.integers(0, num_seeds, num_seeds)
+        sentences = generator.integers(0, num_sentences, num_sentences)
+        drawn.append(differences[seeds][:, sentences].mean())
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"points": float(differences.mean()), "low": float(low), "high": float(high)}
+
+
+if __name__ == "__main__":
+    main()
