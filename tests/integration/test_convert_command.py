@@ -14,7 +14,7 @@ import lost.convert.conversion as conversion_module
 from lost.convert.dense import convertible
 from lost.model import LostLinear
 from lost.testing.forked import carry_out
-from lost.testing.runs import lost_here, succeed
+from lost.testing.runs import lost_here, read_metrics, succeed, tiny_run, write_corpus
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -277,6 +277,32 @@ def test_calibration_counts_inputs_as_they_come(tmp_path, text):
             report[name]["calibrated_error"], rel=0.02
         )
         assert error["calibrated"].norm() < error["plain"].norm()
+
+
+def test_a_run_brings_its_own_data(tmp_path, capsys):
+    """A finished dense run is converted and measured on its own validation set; its checkpoints are refused."""
+    arguments = [word for word in tiny_run(tmp_path / "run", write_corpus(tmp_path)) if "parameterization." not in word]
+    assert lost_here(*arguments, "parameterization=dense") == 0
+    target = tmp_path / "out"
+    assert lost_here("convert", f"source={tmp_path / 'run'}", f"to={target}", "energy=0.5") == 0
+    logged = [line for line in read_metrics(tmp_path / "run") if "eval/loss" in line][-1]
+    before = json.loads((target / "conversion.json").read_text())["perplexity_before"]["validation"]
+    assert before["loss"] == pytest.approx(logged["eval/loss"], rel=1e-6)
+    assert before["num_tokens"] == logged["eval/tokens"]
+    assert "export it first" in refused(capsys, tmp_path / "run" / "checkpoints" / "step_00000012", "lost_rank=4")
+
+
+def test_a_hub_id_from_the_local_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    repository = tmp_path / "hub" / "models--somebody--some-model"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    model = dense(repository / "snapshots" / revision, "qwen3")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    found = converted("somebody/some-model", tmp_path / "out", "lost_rank=1.0", "require_saving=false")
+    assert error_of(found(some_ids()).logits, model(some_ids()).logits) < 1e-5
+    assert "base_model: somebody/some-model" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_never_two_whole_models(tmp_path, text, monkeypatch):

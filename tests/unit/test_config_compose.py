@@ -54,6 +54,7 @@ def test_every_model_with_every_parameterization(model, parameterization):
 def test_every_command_composes_and_survives_its_dictionary(command):
     needed = {"evaluate": ["source=gpt2"], "generate": ["source=gpt2"], "export": ["source=gpt2", "to=out"]}
     needed["finetune"] = ["source=gpt2", "task=classification", "data.glue=sst2"]
+    needed["convert"] = ["source=gpt2", "to=out", "parameters=0.5"]
     config = compose(command, needed.get(command, []))
     assert build(type(config), to_dict(config)) == config
 
