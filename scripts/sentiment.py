@@ -5,8 +5,8 @@ an adapter, and from its initial weights), for several seeds, and compares accur
 
     python scripts/sentiment.py --english english --polarity sentence_polarity --out runs/sentiment
 
-Both folders hold {train,validation}.jsonl.gz, sentence_polarity also test.jsonl.gz. Runs that are done are not repeated.
-Early stopping is off and the last weights are kept, so that the validation set is as unseen as the test set.
+Both folders hold {train,validation}.jsonl.gz, sentence_polarity also test.jsonl.gz. Runs that are done are not done
+again. Early stopping is off and the last weights are kept, so that the validation set is as unseen as the test set.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def run_arm(arm: str, seed: int, arguments: argparse.Namespace) -> Path:
 
 
 def pretrained(form: str, seed: int, arguments: argparse.Namespace) -> Path:
-    """The run directory of one pre-training; `random` are LOST's initial weights, after one step that changes nothing."""
+    """The run directory of one pre-training; `random`: LOST's initial weights, after one step that changes nothing."""
     run_dir = arguments.out / f"pretrained_{form}_{seed}"
     files = [f"data.{key}_files=[{arguments.english / key}.jsonl.gz]" for key in ("train", "validation")]
     length = ["train.max_steps=1", "optimizer.learning_rate=0"] if form == "random" else []

@@ -172,10 +172,11 @@ def _number_labels(examples: Examples, names: list[str]) -> None:
 def _read_glue(data: FinetuneDataConfig) -> LabelledSets:
     """Train and validation splits; the labels of GLUE's own test sets are not public."""
     task = GLUE[data.glue]
-    splits = {name: _glue_split(data, name) for name in ("train", *task.validation)}
-    labels = splits["train"].features["label"]
-    sets = {name: _glue_examples(split, task, f"GLUE {data.glue}, {name}") for name, split in splits.items()}
-    names = list(getattr(labels, "names", None) or [])
+    sets, names = {}, []
+    for split in ("train", *task.validation):
+        records, found = _glue_split(data, split)
+        sets[split] = _glue_examples(records, task, f"GLUE {data.glue}, {split}")
+        names = names or found
     if not names and data.glue != "stsb":
         names = [str(number) for number in range(int(max(sets["train"].labels)) + 1)]
     return LabelledSets(sets.pop("train"), sets, {}, names)
@@ -183,20 +184,20 @@ def _read_glue(data: FinetuneDataConfig) -> LabelledSets:
 
 def _glue_examples(records: Iterable[Any], task: GlueTask, where: str) -> Examples:
     examples = Examples()
-    for number, record in enumerate(records):
+    for number, record in enumerate(records, start=1):
+        missing = [key for key in (*task.columns, "label") if key not in record]
+        if missing:
+            raise DataError(f"{where}: record {number} has no {' and no '.join(missing)}; it has {', '.join(record)}")
         examples.add(f"{where}:{number}", [record[column] for column in task.columns], record["label"])
     return examples
 
 
-def _glue_split(data: FinetuneDataConfig, split: str):
-    import datasets
-
+def _glue_split(data: FinetuneDataConfig, split: str) -> tuple[Iterable[Any], list[str]]:
+    """(records, names of the labels where they are known) of a folder, the hub cache or the hub."""
     folder = Path(data.glue_dataset).expanduser() / data.glue
     if folder.is_dir():
-        files = sorted(str(path) for path in folder.glob(f"{split}-*.parquet"))
-        if not files:
-            raise DataError(f"data.glue_dataset: no file matches {folder}/{split}-*.parquet")
-        return datasets.load_dataset("parquet", data_files=files, split="train")
+        pattern = str(folder / f"{split}-*.parquet")
+        return (record for _, record in read_records(files_of([pattern], "data.glue_dataset"), pattern)), []
     if not is_hub_id(data.glue_dataset):
         raise DataError(f"data.glue_dataset = {data.glue_dataset}: there is no folder {folder}, and it is no hub id")
     if not may_be_cached(data.glue_dataset, "dataset"):
@@ -204,4 +205,7 @@ def _glue_split(data: FinetuneDataConfig, split: str):
             f"data.glue = {data.glue} is read from {data.glue_dataset}",
             "give a folder: data.glue_dataset=<folder with cola/train-*.parquet, ...>, or your own data.train_files",
         )
-    return datasets.load_dataset(data.glue_dataset, data.glue, split=split)
+    import datasets
+
+    records: Any = datasets.load_dataset(data.glue_dataset, data.glue, split=split)
+    return records, list(getattr(records.features["label"], "names", None) or [])

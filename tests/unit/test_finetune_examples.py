@@ -4,12 +4,14 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from lost.config.compose import compose
 from lost.config.finetune import FinetuneConfig, FinetuneDataConfig
-from lost.finetune.classification import prepare_labelled
+from lost.finetune.classification import main_metric, prepare_labelled
 from lost.finetune.instruction import (
     Conversation,
     conversation_of,
@@ -231,6 +233,38 @@ def test_padded_rows_hold_one_conversation():
     rows = rows_of(conversations([3, 4]), 6, 99, is_packed=False)
     assert rows["tokens"].tolist() == [[0, 1, 2, 99, 99, 99], [10, 11, 12, 13, 99, 99]]
     assert rows["labels"].tolist() == [[-100, 1, -100, -100, -100, -100], [-100, 11, -100, 13, -100, -100]]
+
+
+def write_glue(folder, task, **splits):
+    (folder / task).mkdir(parents=True)
+    for split, columns in splits.items():
+        pq.write_table(pa.table(columns), folder / task / f"{split}-00000-of-00001.parquet")
+
+
+def test_glue_from_a_folder(tmp_path, monkeypatch):
+    pairs = {"premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"], "label": [0, 2, 1]}
+    write_glue(tmp_path, "mnli", train=pairs, validation_matched=pairs, validation_mismatched=pairs)
+    sets = read_labelled(data(glue="mnli", glue_dataset=str(tmp_path)))
+    assert list(sets.validation) == ["validation_matched", "validation_mismatched"]
+    assert (sets.train.texts, sets.train.pairs, sets.train.labels) == (["a", "b", "c"], ["d", "e", "f"], [0, 2, 1])
+    assert sets.label_names == ["0", "1", "2"]
+    scores = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0.5, 4.75]}
+    write_glue(tmp_path, "stsb", train=scores, validation=scores)
+    config = config_of("classification", tmp_path, glue="stsb", glue_dataset=tmp_path)
+    prepared = prepare_labelled(config, tiny_tokenizer())
+    assert prepared.label_names == []
+    assert prepared.train.read([1, 0])["labels"].tolist() == [4.75, 0.5]
+    assert [main_metric(config_of("classification", tmp_path, glue=task)) for task in ("stsb", "cola", "qqp")] == [
+        "pearson",
+        "matthews",
+        "accuracy",
+    ]
+    write_glue(tmp_path, "cola", train={"text": ["a"], "label": [1]})
+    with pytest.raises(DataError, match=r"GLUE cola, train: record 1 has no sentence; it has text, label"):
+        read_labelled(data(glue="cola", glue_dataset=str(tmp_path)))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match=r"HF_HUB_OFFLINE is set: data.glue = rte is read from nobody/glue"):
+        read_labelled(data(glue="rte", glue_dataset="nobody/glue"))
 
 
 def test_a_key_of_another_task_is_refused():
