@@ -74,8 +74,11 @@ class ModelMaker:
             if self._runtime.is_main:
                 save_model_config(model, self._run_dir)
             return self._trained(model)
-        self._remember_base(model, checkpoint)
-        return self._trained(model, tensors_of(checkpoint) if checkpoint else None)
+        fingerprint = self._base_fingerprint(model, checkpoint)
+        adapted = self._trained(model, tensors_of(checkpoint) if checkpoint else None)
+        if self._runtime.is_main:
+            write_json_atomically(self._run_dir / BASE_NAME, {"source": self.config.source, "fingerprint": fingerprint})
+        return adapted
 
     def adapter_facts(self) -> AdapterFacts | None:
         """What describes the adapter; None where every parameter is trained."""
@@ -96,13 +99,12 @@ class ModelMaker:
     def _head_names(self, model: PreTrainedModel) -> list[str]:
         return head_modules(model) if self.head else []
 
-    def _remember_base(self, model: PreTrainedModel, checkpoint: Path | None) -> None:
-        """Notes which weights the adapter belongs to, or refuses others than a checkpoint's."""
+    def _base_fingerprint(self, model: PreTrainedModel, checkpoint: Path | None) -> str:
+        """Of the weights that the adapter belongs to; others than a checkpoint's are refused."""
         found, path = fingerprint_of(model, self._head_names(model)), self._run_dir / BASE_NAME
         if checkpoint and path.is_file() and read_json(path)["fingerprint"] != found:
             raise CheckpointError(
                 f"{checkpoint} holds an adapter for other weights than those of source = {self.config.source} now:"
                 " bring the old model back, or choose another run_dir"
             )
-        if self._runtime.is_main:
-            write_json_atomically(path, {"source": self.config.source, "fingerprint": found})
+        return found
