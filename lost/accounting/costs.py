@@ -12,9 +12,6 @@ from lost.accounting.targets import LostShape, lost_shapes
 from lost.config.schema import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig
 from lost.utils.errors import ConfigError
 
-# As in lost_kernels.lost_linear.autograd_impl, which needs torch and is not imported here.
-WIDTH_MULTIPLE = 16
-
 
 @dataclass(frozen=True)
 class LinearCost:
@@ -25,7 +22,6 @@ class LinearCost:
         num_index: entries of int64 buffers.
         forward_macs: multiply-adds of the matrix products, per token.
         saved_values: numbers kept per token in the compute dtype, the layer's input left out.
-        saved_unless_p0: more of them, which recompute=p0 makes again.
         num_cast_weights: weights of which autocast keeps a copy in its own dtype.
         saved_float32: numbers kept per token in float32 where that is not the compute dtype, else in it.
         num_input_casts: copies of the layer's input that autocast makes.
@@ -39,7 +35,6 @@ class LinearCost:
     num_cast_weights: int
     saved_float32: int = 0
     num_input_casts: int = 1
-    saved_unless_p0: int = 0
 
 
 def dense_cost(linear: LinearShape) -> LinearCost:
@@ -50,7 +45,7 @@ def dense_cost(linear: LinearShape) -> LinearCost:
 def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
     """R (in + out) for the factors, S out (rows: S in) for the kept channels; every weight is used once per token.
 
-    With selection_axis = columns the layer keeps h = x A^T, and z (p0: its S kept channels), and casts its weights
+    With selection_axis = columns the layer keeps h = x A^T and the S kept channels, and casts its weights
     again in the backward pass; with rows it is plain autograd, which keeps act(h) too, h in float32, and an input for
     each of the two products.
     """
@@ -59,16 +54,12 @@ def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
     has_activation = config.activation != "identity"
     sparse_width = linear.in_features if is_plain else linear.out_features
     weights = shape.lost_rank * (linear.in_features + linear.out_features) + shape.num_kept * sparse_width
-    width = shape.lost_rank + shape.num_kept
-    z_width = width + -width % WIDTH_MULTIPLE if shape.num_kept else width
-    has_z = shape.num_kept or has_activation or config.gamma_mode != "folded"
     return LinearCost(
         linear,
         num_parameters=weights + (config.gamma_mode == "learnable"),
         num_index=shape.num_kept,
         forward_macs=weights,
         saved_values=shape.lost_rank + (0 if is_plain else shape.num_kept),
-        saved_unless_p0=0 if is_plain or not has_z else z_width - shape.num_kept,
         num_cast_weights=weights if is_plain else 0,
         saved_float32=shape.lost_rank if is_plain and has_activation else 0,
         num_input_casts=2 if is_plain and shape.num_kept else 1,

@@ -79,7 +79,10 @@ def state_bytes(model: ModelConfig, parameterization: ParameterizationConfig, pr
 
 
 def block_activation_bytes(
-    model: ModelConfig, costs: list[LinearCost], precision: Precision, recompute: Recompute
+    model: ModelConfig,
+    costs: list[LinearCost],
+    precision: Precision,
+    recompute: Recompute,  # noqa: ARG001
 ) -> int:
     """Bytes per token that one block keeps between its forward and its backward pass.
 
@@ -101,7 +104,7 @@ def block_activation_bytes(
     attention = 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
     # gate, silu(gate), up and their product.
     mlp = 4 * model.intermediate_size * width.compute
-    saved_values = sum_of(costs, "saved_values") + (0 if recompute == "p0" else sum_of(costs, "saved_unless_p0"))
+    saved_values = sum_of(costs, "saved_values")
     layers = saved_values * width.compute + sum_of(costs, "saved_float32") * FLOAT32_BYTES
     return norms + inputs + attention + mlp + layers
 

@@ -1,7 +1,6 @@
-"""One linear layer, forward and backward: dense, LOST with z kept and made again (p0), LOST as three products."""
+"""One linear layer, forward and backward: dense, LOST, LOST as three products."""
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import replace
 
 import torch
@@ -50,9 +49,7 @@ def bench_layer(config: BenchConfig) -> BenchResult:
     torch.manual_seed(0)
     dense = nn.Linear(config.in_features, config.out_features, bias=False, device=device, dtype=dtype)
     lost = LostLinear.from_linear(dense, replace(config.parameterization, lost_rank=config.lost_rank))
-    lost_p0 = copy(lost)
-    lost_p0.recompute_z = True
-    modules = {"dense": dense, "lost": lost, "lost p0": lost_p0, "three products": ThreeProducts(lost)}
+    modules = {"dense": dense, "lost": lost, "three products": ThreeProducts(lost)}
     x = torch.randn(config.num_tokens, config.in_features, device=device, dtype=dtype, requires_grad=True)
     d_y = torch.randn(config.num_tokens, config.out_features, device=device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

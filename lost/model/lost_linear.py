@@ -67,8 +67,8 @@ class LostLinear(nn.Module):
     sparse_index: Tensor | None
     bias: nn.Parameter | None
     gamma: float | nn.Parameter | None
-    # The backward pass makes act(h) again instead of keeping it: set by the training runtime (recompute=p0).
-    recompute_z: bool = False
+    # How the map is computed (`lost_kernels.lost_linear`): set by the training runtime (runtime.kernels).
+    kernels: str = "grouped"
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class LostLinear(nn.Module):
             self.activation,
             self.bias,
             selection_axis=self.selection_axis,
-            recompute_z=self.recompute_z,
+            kernels=self.kernels,
         )
 
     @torch.no_grad()

@@ -2,14 +2,9 @@
 
 from torch import nn
 
-from lost.model.lost_linear import LostLinear
-
 
 def set_recompute(model: nn.Module, recompute: str) -> None:
     """Makes the backward pass of `model` compute again what runtime.recompute says."""
-    for module in model.modules():
-        if isinstance(module, LostLinear):
-            module.recompute_z = recompute == "p0"
     if recompute == "block":
         # transformers renamed it; 5.17 has the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

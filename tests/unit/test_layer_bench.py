@@ -75,7 +75,6 @@ def test_saved_bytes_counts_each_storage_once_and_leaves_inputs_out():
 
 def test_lost_keeps_less_than_three_products():
     layer = LostLinear(64, 64, lost_rank=16, density=0.1)
-    layer.recompute_z = True
     x = torch.randn(100, 64, requires_grad=True)
     kept = {}
     for module in (layer, ThreeProducts(layer)):
@@ -96,7 +95,7 @@ def test_three_products_are_the_same_function(mode, density):
 
 def test_layer_result_and_json(tmp_path, capsys):
     result = run(tiny(to=str(tmp_path / "new")))
-    assert list(result.arms) == ["dense", "lost", "lost p0", "three products"]
+    assert list(result.arms) == ["dense", "lost", "three products"]
     assert result.arms["dense"].num_parameters == 40 * 30
     assert result.arms["lost"].num_parameters == 6 * 70 + 4 * 30
     assert result.ratio_to_base("dense") == 1
