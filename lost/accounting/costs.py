@@ -4,13 +4,19 @@ A new parameterization adds one function to COSTS, by its config class.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lost.accounting.shapes import LinearShape, head_linear, linear_shapes
 from lost.accounting.targets import LostShape, lost_shapes
 from lost.config.schema import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig
 from lost.utils.errors import ConfigError
+
+# Projections that read one input, with the first of them (`lost.model.blocks`).
+FIRST_READER = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "q_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,15 @@ def _dense_costs(config: DenseConfig, linears: list[LinearShape]) -> list[Linear
 
 
 def _lost_costs(config: LostConfig, linears: list[LinearShape]) -> list[LinearCost]:
-    replaced = {shape.linear: lost_cost(shape, config) for shape in lost_shapes(config, linears)}
-    return [replaced.get(linear, dense_cost(linear)) for linear in linears]
+    replaced = {shape.linear.name: lost_cost(shape, config) for shape in lost_shapes(config, linears)}
+    for name, cost in replaced.items():
+        block, _, own = name.rpartition(".")
+        first = FIRST_READER.get(own)
+        # Layers that share one group of operators share their input's copy; it is counted with the first of them.
+        group = [f"{block}.{member}" for member in FIRST_READER if first and FIRST_READER[member] == first]
+        if config.selection_axis == "columns" and first not in (None, own) and replaced.keys() >= set(group):
+            replaced[name] = replace(cost, num_input_casts=0)
+    return [replaced.get(linear.name, dense_cost(linear)) for linear in linears]
 
 
 COSTS: dict[type[ParameterizationConfig], Callable[[Any, list[LinearShape]], list[LinearCost]]] = {

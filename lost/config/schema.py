@@ -500,6 +500,12 @@ class RuntimeConfig(DeviceConfig):
         "how long processes wait for each other before they stop with an error", 1800, at_least=1, unit="s"
     )
     compile: bool = setting("torch.compile every block", False)
+    kernels: Literal["auto", "reference", "grouped", "triton"] = setting(
+        "how LOST layers are computed: reference: autograd of the definition; grouped: operators with a hand-written"
+        " backward pass, layers that read one input together; triton: the same with Triton kernels, on CUDA;"
+        " auto: triton on CUDA, else grouped (selection_axis = rows: always the reference)",
+        "auto",
+    )
     recompute: Literal["none", "p0", "block"] = setting(
         "what the backward pass makes again to save memory: p0: the input of the up factor of every LOST layer (cheap);"
         " block: whole blocks; none: nothing, the fastest on a CPU",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-from lost_kernels.lost_linear import lost_linear
+from lost_kernels.lost_linear import LostWeights, lost_linear
 from torch import Tensor, nn
 
 from lost.accounting.targets import kept_count, rank_count
@@ -68,7 +68,7 @@ class LostLinear(nn.Module):
     bias: nn.Parameter | None
     gamma: float | nn.Parameter | None
     # How the map is computed (`lost_kernels.lost_linear`): set by the training runtime (runtime.kernels).
-    kernels: str = "grouped"
+    kernels: str = "auto"
 
     def __init__(
         self,
@@ -236,19 +236,15 @@ class LostLinear(nn.Module):
         for name, value in values.items():
             getattr(self, name).copy_(value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return lost_linear(
-            x,
-            self.low_rank_down,
-            self.low_rank_up,
-            self.sparse_weight,
-            self.sparse_index,
-            self.gamma,
-            self.activation,
-            self.bias,
-            selection_axis=self.selection_axis,
-            kernels=self.kernels,
+    @property
+    def weights(self) -> LostWeights:
+        return LostWeights(
+            self.low_rank_down, self.low_rank_up, self.sparse_weight, self.sparse_index, self.gamma, self.bias
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        *weights, bias = self.weights
+        return lost_linear(x, *weights, self.activation, bias, selection_axis=self.selection_axis, kernels=self.kernels)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:

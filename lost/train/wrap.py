@@ -2,10 +2,17 @@
 
 from torch import nn
 
+from lost.train.recompute import LEVELS, checkpoint_selectively, llama_blocks
+
+from lost.model.lost_linear import LostLinear
+
 
 def set_recompute(model: nn.Module, recompute: str) -> None:
-    """Makes the backward pass of `model` compute again what runtime.recompute says."""
-    if recompute == "block":
+    """Makes the backward pass of `model` compute again what runtime.recompute says (`lost.train.recompute`)."""
+    if recompute in LEVELS:
+        for block in llama_blocks(model):
+            checkpoint_selectively(block, recompute)
+    elif recompute == "block":
         # transformers renamed it; 5.17 has the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]

@@ -1,10 +1,11 @@
 """The LOST linear map: `lost_linear` and `lost_group` are what modules call; `reference.lost_linear` defines them.
 
 `lost_group` computes several LOST layers that read one x: they share the product with their down factors, and its
-backward. kernels chooses how: reference (autograd of the definition), grouped (operators with a hand-written backward),
-triton (the same operators with Triton kernels between the products, on CUDA).
+backward. `kernels` chooses how: reference (autograd of the definition), grouped (operators with a hand-written
+backward), triton (the same with Triton kernels between the products, on CUDA), auto (`kernels_for` the device).
 """
 
+import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ from lost_kernels.lost_linear.op import group_down, group_up
 from lost_kernels.lost_linear.reference import ACTIVATIONS
 from lost_kernels.lost_linear.reference import lost_linear as reference_lost_linear
 
-__all__ = ["ACTIVATIONS", "LostWeights", "lost_group", "lost_linear", "reference_lost_linear"]
+__all__ = ["ACTIVATIONS", "LostWeights", "kernels_for", "lost_group", "lost_linear", "reference_lost_linear"]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class LostWeights(NamedTuple):
@@ -28,6 +31,11 @@ class LostWeights(NamedTuple):
     bias: Tensor | None = None
 
 
+def kernels_for(device_type: str) -> str:
+    """What `auto` means for tensors on a device of that type: triton on CUDA (ROCm too) where it is installed."""
+    return "triton" if device_type == "cuda" and HAS_TRITON else "grouped"
+
+
 def lost_linear(
     x: Tensor,
     low_rank_down: Tensor,
@@ -39,7 +47,7 @@ def lost_linear(
     bias: Tensor | None = None,
     *,
     selection_axis: str = "columns",
-    kernels: str = "grouped",
+    kernels: str = "auto",
 ) -> Tensor:
     """`reference.lost_linear`, by the way that `kernels` names; selection_axis = rows has only the reference."""
     if kernels == "reference" or selection_axis == "rows":
@@ -58,7 +66,7 @@ def lost_linear(
     return lost_group(x, [weights], activation, kernels=kernels)[0]
 
 
-def lost_group(x: Tensor, members: Sequence[LostWeights], activation: str, *, kernels: str = "grouped") -> list[Tensor]:
+def lost_group(x: Tensor, members: Sequence[LostWeights], activation: str, *, kernels: str = "auto") -> list[Tensor]:
     """`reference.lost_linear` (selection_axis = columns) of every member for one x.
 
     Args:
@@ -66,7 +74,7 @@ def lost_group(x: Tensor, members: Sequence[LostWeights], activation: str, *, ke
         members: of any ranks, numbers of kept channels and output widths; all or none with a bias, and all with the
             same kind of gamma (number, tensor or None).
         activation: a key of ACTIVATIONS.
-        kernels: grouped, or triton where x is on a CUDA device.
+        kernels: grouped, triton (x is on a CUDA device) or auto.
 
     Returns:
         y_g, [..., N_g].
@@ -76,6 +84,7 @@ def lost_group(x: Tensor, members: Sequence[LostWeights], activation: str, *, ke
 
     Numerics: z in float32 or better, rounded once to the dtype of x, or of autocast; deterministic.
     """
+    kernels = kernels_for(x.device.type) if kernels == "auto" else kernels
     gammas = [member.gamma for member in members]
     sparse = [(m.sparse_weight, m.sparse_index) for m in members]
     present = [(weight, index) for weight, index in sparse if weight is not None and index is not None]

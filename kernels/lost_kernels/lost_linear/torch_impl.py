@@ -9,8 +9,8 @@ from torch import Tensor
 from lost_kernels.lost_linear.layout import Part
 from lost_kernels.lost_linear.reference import ACTIVATIONS
 
-# ACTIVATIONS with the result written into `out`. Not gelu.out: in float32 on a CPU it leaves an `out` of strided rows as
-# it was (torch 2.13).
+# ACTIVATIONS with the result written into `out`. Not gelu.out: in float32 on a CPU it leaves an `out` of strided rows
+# as it was (torch 2.13).
 ACTIVATED_INTO = {
     "silu": torch.ops.aten.silu.out,
     "identity": torch.ops.aten.clone.out,
