@@ -2,9 +2,8 @@
 
 from torch import nn
 
-from lost.train.recompute import LEVELS, checkpoint_selectively, llama_blocks
-
 from lost.model.lost_linear import LostLinear
+from lost.train.recompute import LEVELS, checkpoint_selectively, llama_blocks
 
 
 def set_recompute(model: nn.Module, recompute: str) -> None:
@@ -16,6 +15,13 @@ def set_recompute(model: nn.Module, recompute: str) -> None:
         # transformers renamed it; 5.17 has the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+
+
+def set_kernels(model: nn.Module, kernels: str) -> None:
+    """Makes every LOST layer of `model` compute as runtime.kernels came out to be."""
+    for module in model.modules():
+        if isinstance(module, LostLinear):
+            module.kernels = kernels
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
