@@ -58,7 +58,7 @@ def group_down_backward(
     if needs_x:
         d_x = dh @ torch_impl.joined_downs(downs, x.dtype)
         if indices:
-            _pointwise(kernels).add_kept_gradients(d_x, dkept, indices)
+            _pointwise(kernels, x.dtype).add_kept_gradients(d_x, dkept, indices)
         found.append(d_x)
     if needs_downs:
         found.append(dh.T @ x)
@@ -121,7 +121,7 @@ def group_up(
         kernels: as in `group_down`.
     """
     parts = parts_of(ups, num_kept)
-    z = _pointwise(kernels).joined_activations(h, kept, parts, learned_gammas or fixed_gammas, activation)
+    z = _pointwise(kernels, h.dtype).joined_activations(h, kept, parts, learned_gammas or fixed_gammas, activation)
     weights = _joined_weights(ups, sparse_weights, parts, h.dtype)
     blocks = _blocks(z, parts)
     if biases:
@@ -158,7 +158,7 @@ def group_up_backward(
     Each is there only if it is needed.
     """
     parts, gammas = parts_of(ups, num_kept), learned_gammas or fixed_gammas
-    pointwise, found = _pointwise(kernels), []
+    pointwise, found = _pointwise(kernels, h.dtype), []
     if needs_h or needs_gammas:
         dz = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
         weights = _joined_weights(ups, sparse_weights, parts, h.dtype)
@@ -245,9 +245,14 @@ def _up_backward(ctx: Any, dys: list[Tensor]) -> tuple:
 group_up.register_autograd(_up_backward, setup_context=_keep_up)
 
 
-def _pointwise(kernels: str) -> Any:
+def _pointwise(kernels: str, dtype: torch.dtype) -> Any:
+    """What is no product. The Triton kernels compute in float32, so float64 is left to torch."""
     assert kernels in KERNELS, kernels
-    return torch_impl
+    if kernels == "grouped" or dtype == torch.float64:
+        return torch_impl
+    from lost_kernels.lost_linear import triton_impl
+
+    return triton_impl
 
 
 def _joined_weights(ups: list[Tensor], sparse_weights: list[Tensor], parts: list[Part], dtype: torch.dtype):
