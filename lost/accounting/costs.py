@@ -31,6 +31,7 @@ class LinearCost:
         num_cast_weights: weights of which autocast keeps a copy in its own dtype.
         saved_float32: numbers kept per token in float32 where that is not the compute dtype, else in it.
         num_input_casts: copies of the layer's input that autocast makes.
+        low_rank_values: of saved_values, those that runtime.recompute=p0 to p3 keep.
     """
 
     linear: LinearShape
@@ -41,6 +42,7 @@ class LinearCost:
     num_cast_weights: int
     saved_float32: int = 0
     num_input_casts: int = 1
+    low_rank_values: int = 0
 
 
 def dense_cost(linear: LinearShape) -> LinearCost:
@@ -69,6 +71,7 @@ def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
         num_cast_weights=weights if is_plain else 0,
         saved_float32=shape.lost_rank if is_plain and has_activation else 0,
         num_input_casts=2 if is_plain and shape.num_kept else 1,
+        low_rank_values=shape.lost_rank + shape.num_kept,
     )
 
 

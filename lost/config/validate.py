@@ -277,7 +277,7 @@ def bench_layer_problems(what: str, in_features: int, out_features: int, paramet
 
 
 def bench_row_length_problems(what: str, seq_len: int, model: ModelConfig) -> list[str]:
-    return _row_length_problems("seq_len", seq_len, model) if what == "step" else []
+    return _row_length_problems("seq_len", seq_len, model) if what in ("block", "step", "memory") else []
 
 
 PREPARE_RULES: tuple[Rule, ...] = (

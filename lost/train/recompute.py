@@ -6,7 +6,7 @@ is the second residual.
 
 | level | kept besides | computed again |
 |---|---|---|
-| p0 | h, q, k, v, attention, gate, up, both norms' outputs, the MLP's product | what lies inside norms and SwiGLU, rope |
+| p0 | h, q, k, v, attention, gate, up, outputs of norms, the MLP's product | insides of norms and SwiGLU, rope |
 | p1 | h, q, k, v, attention, gate, up | everything between products: norms, SwiGLU, rope |
 | p2 | h, q, k, v, attention | the products of gate and up with their up factors too |
 | p3 | h | every product with an up factor, and attention |

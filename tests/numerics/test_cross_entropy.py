@@ -8,7 +8,7 @@ from lost_kernels.cross_entropy import linear_cross_entropy, reference_linear_cr
 from lost_kernels.cross_entropy.op import linear_cross_entropy_op
 from lost_kernels.cross_entropy.reference import token_cross_entropy as reference_token_cross_entropy
 
-from lost.testing.live_memory import LiveBytes
+from lost.bench.live_memory import LiveBytes
 from lost.testing.numerics import LIMITS, assert_close, relative_rms_error
 
 # Tokens, hidden size, vocabulary; chunks that divide the tokens, do not, are one token, and hold them all.

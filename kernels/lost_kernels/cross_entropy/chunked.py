@@ -42,6 +42,7 @@ def losses_and_gradients(
         if d_hidden is None and d_weight is None:
             continue
         d_logits = log_p.exp_().scatter_add_(1, columns, log_p.new_full((), -1).expand_as(columns)).to(hidden.dtype)
+        del log_p
         # A token without loss is left out of the two products, which is less to write than its row of d_logits.
         if d_hidden is not None:
             d_hidden[rows] = (d_logits @ used).masked_fill_(is_ignored[:, None], 0)

@@ -38,6 +38,8 @@ def _keep_gradients(ctx, inputs, output):
     _, d_hidden, d_weight = output
     ctx.needs_hidden, ctx.needs_weight = inputs[-2:]
     ctx.mark_non_differentiable(d_hidden, d_weight)
+    # Zeros in their sizes for the gradients that nobody has: as much memory as the gradients themselves.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_hidden, d_weight)
 
 
@@ -45,6 +47,8 @@ def _keep_gradients(ctx, inputs, output):
 def _scale_gradients(ctx, d_loss, *_):
     """The gradients times that of the loss. The kept ones are left as they are, for a second backward pass."""
     d_hidden, d_weight = ctx.saved_tensors
+    if d_loss is None:
+        return (None,) * 6
     return (
         d_hidden * d_loss if ctx.needs_hidden else None,
         d_weight * d_loss if ctx.needs_weight else None,
