@@ -41,11 +41,16 @@ TILES = {
 
 
 def joined_activations(
-    h: Tensor, kept: Tensor, parts: list[Part], gammas: list[Tensor] | list[float], activation: str
+    h: Tensor,
+    kept: Tensor,
+    parts: list[Part],
+    gammas: list[Tensor] | list[float],
+    activation: str,
+    out: Tensor | None = None,
 ) -> Tensor:
     """z = [gamma act(h_g) | (1 - gamma) kept_g | 0] of every member, [M, sum W_g], in the dtype of h."""
-    _check_rows(h, kept)
-    z = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
+    z = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width) if out is None else out
+    _check_rows(h, kept, z)
     scales = _scales(gammas, h.device)
     tile = TILES["z_forward"]
     with torch.cuda.device_of(h):
