@@ -28,18 +28,6 @@ class Part:
         """Columns of z: [act(h) | kept | 0]."""
         return padded(self.rank + self.num_kept)
 
-    @property
-    def low_columns(self) -> slice:
-        return slice(self.low, self.low + self.rank)
-
-    @property
-    def kept_columns(self) -> slice:
-        return slice(self.sparse, self.sparse + self.num_kept)
-
-    @property
-    def z_columns(self) -> slice:
-        return slice(self.start, self.start + self.width)
-
 
 def padded(width: int) -> int:
     return width + -width % WIDTH_MULTIPLE

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lost_kernels.lost_linear import torch_impl
-from lost_kernels.lost_linear.layout import parts_of
+from lost_kernels.lost_linear.layout import Part, parts_of
 
 KERNELS = ("grouped", "triton")
 
@@ -121,10 +121,9 @@ def group_up(
         kernels: as in `group_down`.
     """
     parts = parts_of(ups, num_kept)
-    z_gammas, weight_gammas = _places(learned_gammas or fixed_gammas, kernels, h.dtype)
-    z = _pointwise(kernels, h.dtype).joined_activations(h, kept, parts, z_gammas, activation)
-    weights = torch_impl.joined_weights(ups, sparse_weights, parts, weight_gammas, h.dtype)
-    blocks = [z[:, part.z_columns] for part in parts]
+    z = _pointwise(kernels, h.dtype).joined_activations(h, kept, parts, learned_gammas or fixed_gammas, activation)
+    weights = _joined_weights(ups, sparse_weights, parts, h.dtype)
+    blocks = _blocks(z, parts)
     if biases:
         return [
             torch.addmm(bias.to(h.dtype), block, weight.T)
@@ -158,30 +157,23 @@ def group_up_backward(
 
     Each is there only if it is needed.
     """
-    parts, pointwise, found = parts_of(ups, num_kept), _pointwise(kernels, h.dtype), []
-    z_gammas, weight_gammas = _places(learned_gammas or fixed_gammas, kernels, h.dtype)
-    d_gammas = None
-    # First dz, then z.
-    buffer = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
-    blocks = [buffer[:, part.z_columns] for part in parts]
-    if needs_h or (needs_gammas and z_gammas):
-        weights = torch_impl.joined_weights(ups, sparse_weights, parts, weight_gammas, h.dtype)
-        for dy, weight, block in zip(dys, weights, blocks, strict=True):
+    parts, gammas = parts_of(ups, num_kept), learned_gammas or fixed_gammas
+    pointwise, found = _pointwise(kernels, h.dtype), []
+    if needs_h or needs_gammas:
+        dz = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
+        weights = _joined_weights(ups, sparse_weights, parts, h.dtype)
+        for dy, weight, block in zip(dys, weights, _blocks(dz, parts), strict=True):
             torch.mm(dy, weight, out=block)
-        del weights
         dh, dkept, d_gammas = pointwise.joined_activations_backward(
-            buffer, h, kept, parts, z_gammas, activation, needs_gamma=needs_gammas and bool(z_gammas)
+            dz, h, kept, parts, gammas, activation, needs_gamma=needs_gammas
         )
         found += [dh, dkept] if needs_h else []
-    d_weights = []
-    if needs_weights or (needs_gammas and weight_gammas):
-        pointwise.joined_activations(h, kept, parts, z_gammas, activation, out=buffer)
-        d_weights = [dy.T @ block for dy, block in zip(dys, blocks, strict=True)]
-        if needs_gammas and weight_gammas:
-            d_gammas = torch_impl.gammas_backward(d_weights, ups, sparse_weights, parts)
-        torch_impl.scale_weight_gradients(d_weights, parts, weight_gammas)
-    found += [] if d_gammas is None else [d_gammas]
-    return found + d_weights if needs_weights else found
+        found += [d_gammas] if needs_gammas else []
+        del dz
+    if needs_weights:
+        z = pointwise.joined_activations(h, kept, parts, gammas, activation)
+        found += [dy.T @ block for dy, block in zip(dys, _blocks(z, parts), strict=True)]
+    return found
 
 
 @group_up_backward.register_fake
@@ -263,14 +255,17 @@ def _pointwise(kernels: str, dtype: torch.dtype) -> Any:
     return triton_impl
 
 
-def _places(gammas: list[Tensor] | list[float], kernels: str, dtype: torch.dtype) -> tuple[list, list]:
-    """The gammas that multiply z, and those that multiply the joined weights.
+def _joined_weights(ups: list[Tensor], sparse_weights: list[Tensor], parts: list[Part], dtype: torch.dtype):
+    """[B_g | W_s,g | 0] of every member, [N_g, W_g]."""
+    sparse = iter(sparse_weights)
+    return [
+        torch_impl.joined_ups(up, next(sparse) if part.num_kept else None, part.width, dtype)
+        for up, part in zip(ups, parts, strict=True)
+    ]
 
-    In half precision a weight times gamma would be rounded once more than z is. In float32 and better, where torch does
-    the work, the weights are copied anyway: 2 to 5 % of a layer's time on a CPU.
-    """
-    is_wide = torch.promote_types(dtype, torch.float32) is dtype
-    return ([], gammas) if is_wide and _pointwise(kernels, dtype) is torch_impl else (gammas, [])
+
+def _blocks(z: Tensor, parts: list[Part]) -> list[Tensor]:
+    return [z[:, part.start : part.start + part.width] for part in parts]
 
 
 def _split(tensors: list[Tensor], counts: list[int]) -> list[list[Tensor]]:

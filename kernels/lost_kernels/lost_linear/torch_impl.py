@@ -28,18 +28,19 @@ DERIVATIVES = {
 Gammas = list[Tensor] | list[float]
 
 
-def joined_activations(
-    h: Tensor, kept: Tensor, parts: list[Part], gammas: Gammas, activation: str, out: Tensor | None = None
-) -> Tensor:
+def joined_activations(h: Tensor, kept: Tensor, parts: list[Part], gammas: Gammas, activation: str) -> Tensor:
     """z = [gamma act(h_g) | (1 - gamma) kept_g | 0] of every member, [M, sum W_g], in the dtype of h."""
-    z = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width) if out is None else out
+    z = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
     for number, part in enumerate(parts):
-        own_h, own_kept = h[:, part.low_columns], kept[:, part.kept_columns]
-        low, sparse, zeros = z[:, part.z_columns].split(_sizes(part), 1)
-        if not gammas and _wide(h) is h.dtype:
+        own_h, own_kept = h[:, part.low : part.low + part.rank], kept[:, part.sparse : part.sparse + part.num_kept]
+        low, sparse, zeros = z[:, part.start : part.start + part.width].split(_sizes(part), 1)
+        if _wide(h) is h.dtype:
             # Written where it belongs: 2 % of a layer's time on a CPU.
             ACTIVATED_INTO[activation](own_h, out=low)
             sparse.copy_(own_kept)
+            if gammas:
+                low.mul_(gammas[number])
+                sparse.mul_(1 - gammas[number])
         else:
             low.copy_(_scaled(ACTIVATIONS[activation](own_h.to(_wide(h))), gammas, number))
             sparse.copy_(_sparse_scaled(own_kept.to(_wide(h)), gammas, number))
@@ -53,16 +54,14 @@ def joined_activations_backward(
     """dh, dkept in the dtype of h, and the gradients of the gammas, [G], float32 or better, if they are needed."""
     dh, dkept, d_gammas = torch.empty_like(h), torch.empty_like(kept), []
     for number, part in enumerate(parts):
-        dz_low, dz_sparse, _ = dz[:, part.z_columns].to(_wide(h)).split(_sizes(part), 1)
-        own_h = h[:, part.low_columns].to(_wide(h))
-        if activation == "silu" and not gammas and _wide(h) is h.dtype:
-            torch.ops.aten.silu_backward.grad_input(dz_low, own_h, grad_input=dh[:, part.low_columns])
-        else:
-            dh[:, part.low_columns] = _scaled(DERIVATIVES[activation](dz_low, own_h), gammas, number)
-        dkept[:, part.kept_columns] = _sparse_scaled(dz_sparse, gammas, number)
+        low, sparse = slice(part.low, part.low + part.rank), slice(part.sparse, part.sparse + part.num_kept)
+        dz_low, dz_sparse, _ = dz[:, part.start : part.start + part.width].to(_wide(h)).split(_sizes(part), 1)
+        own_h = h[:, low].to(_wide(h))
+        dh[:, low] = _scaled(DERIVATIVES[activation](dz_low, own_h), gammas, number)
+        dkept[:, sparse] = _sparse_scaled(dz_sparse, gammas, number)
         if needs_gamma:
             from_low = (ACTIVATIONS[activation](own_h) * dz_low).sum()
-            d_gammas.append(from_low - (kept[:, part.kept_columns].to(_wide(h)) * dz_sparse).sum())
+            d_gammas.append(from_low - (kept[:, sparse].to(_wide(h)) * dz_sparse).sum())
     return dh, dkept, torch.stack(d_gammas) if needs_gamma else None
 
 
@@ -86,43 +85,13 @@ def joined_downs(downs: list[Tensor], dtype: torch.dtype) -> Tensor:
     return _joined([down.to(dtype) for down in downs])
 
 
-def joined_weights(
-    ups: list[Tensor], sparse_weights: list[Tensor], parts: list[Part], gammas: Gammas, dtype: torch.dtype
-) -> list[Tensor]:
-    """[gamma B_g | (1 - gamma) W_s,g | 0] of every member, [N_g, W_g]; without gammas [B_g | W_s,g | 0]."""
-    found, sparse = [], iter(sparse_weights)
-    for number, (up, part) in enumerate(zip(ups, parts, strict=True)):
-        if part.rank == part.width and not gammas:
-            found.append(up.to(dtype))
-            continue
-        joined = up.new_empty(up.shape[0], part.width, dtype=dtype)
-        low, columns, zeros = joined.split(_sizes(part), 1)
-        _write(low, up, gammas[number] if gammas else None)
-        if part.num_kept:
-            _write(columns, next(sparse), 1 - gammas[number] if gammas else None)
-        zeros.zero_()
-        found.append(joined)
-    return found
-
-
-def gammas_backward(
-    d_weights: list[Tensor], ups: list[Tensor], sparse_weights: list[Tensor], parts: list[Part]
-) -> Tensor:
-    """The gradients of the gammas, [G], from dy_g^T [act(h_g) | kept_g | 0]."""
-    found, sparse = [], iter(sparse_weights)
-    for d_weight, up, part in zip(d_weights, ups, parts, strict=True):
-        low, columns, _ = d_weight.split(_sizes(part), 1)
-        d_gamma = (low * up).sum()
-        found.append(d_gamma - (columns * next(sparse)).sum() if part.num_kept else d_gamma)
-    return torch.stack(found).to(d_weights[0].dtype)
-
-
-def scale_weight_gradients(d_weights: list[Tensor], parts: list[Part], gammas: Gammas) -> None:
-    """From those of the joined weights to those of B_g and W_s,g, in place."""
-    for d_weight, part, gamma in zip(d_weights, parts, gammas, strict=bool(gammas)):
-        low, columns, _ = d_weight.split(_sizes(part), 1)
-        low.mul_(gamma)
-        columns.mul_(1 - gamma)
+def joined_ups(up: Tensor, sparse_weight: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
+    """[B | W_s | 0], [N, width]."""
+    blocks = [up] if sparse_weight is None else [up, sparse_weight]
+    num_zeros = width - sum(block.shape[1] for block in blocks)
+    if num_zeros:
+        blocks.append(up.new_zeros(up.shape[0], num_zeros))
+    return torch.cat([block.to(dtype) for block in blocks], 1) if len(blocks) > 1 else up.to(dtype)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
@@ -131,13 +100,6 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 def _sizes(part: Part) -> list[int]:
     return [part.rank, part.num_kept, part.width - part.rank - part.num_kept]
-
-
-def _write(place: Tensor, weight: Tensor, scale: Tensor | float | None) -> None:
-    if scale is None:
-        place.copy_(weight)
-    else:
-        torch.mul(weight, scale, out=place)
 
 
 def _wide(values: Tensor) -> torch.dtype:

@@ -41,16 +41,11 @@ TILES = {
 
 
 def joined_activations(
-    h: Tensor,
-    kept: Tensor,
-    parts: list[Part],
-    gammas: list[Tensor] | list[float],
-    activation: str,
-    out: Tensor | None = None,
+    h: Tensor, kept: Tensor, parts: list[Part], gammas: list[Tensor] | list[float], activation: str
 ) -> Tensor:
     """z = [gamma act(h_g) | (1 - gamma) kept_g | 0] of every member, [M, sum W_g], in the dtype of h."""
-    z = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width) if out is None else out
-    _check_rows(h, kept, z)
+    _check_rows(h, kept)
+    z = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
     scales = _scales(gammas, h.device)
     tile = TILES["z_forward"]
     with torch.cuda.device_of(h):
