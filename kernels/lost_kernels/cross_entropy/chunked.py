@@ -49,6 +49,8 @@ def losses_and_gradients(
         if d_weight is not None:
             counted = hidden[rows].masked_fill(is_ignored[:, None], 0)
             _add_product(d_weight, d_logits.T, counted)
+        # Before the next chunk has logits.
+        del d_logits
     return losses, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
 
 
