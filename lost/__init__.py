@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lost.config.schema import LostConfig
+    from lost.config.model import LostConfig
     from lost.model import LostLinear, LostLlamaConfig, LostLlamaForCausalLM, inject
 
 _HOMES = {

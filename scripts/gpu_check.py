@@ -27,11 +27,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
 
 import torch  # noqa: E402
+from lost_kernels.cross_entropy import linear_cross_entropy, reference_linear_cross_entropy  # noqa: E402
+from lost_kernels.lost_linear import kernels_for  # noqa: E402
 from torch import nn  # noqa: E402
 
 from lost.accounting import flops_per_token  # noqa: E402
 from lost.config.model import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig  # noqa: E402
 from lost.model import LostLinear, build_model  # noqa: E402
+from lost.model.head import head_gives  # noqa: E402
+from lost.utils.labels import next_token_labels  # noqa: E402
 
 # An item is begun only if this much of the time is left; one that then hangs is cut off at the deadline.
 DEADLINE_SECONDS = 530.0
@@ -131,6 +135,8 @@ def items(device: torch.device, is_tiny: bool) -> Iterator[Item]:
                 f"layer {activation} {str(dtype)[6:]}",
                 lambda dtype=dtype, activation=activation: layer_errors(device, dtype, activation, is_tiny),
             )
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"cross-entropy {str(dtype)[6:]}", lambda dtype=dtype: loss_errors(device, dtype, is_tiny)
     sizes = TINY_SIZES if is_tiny else SIZES
     for name, size in sizes.items():
         model = ModelConfig(name=name, **size)
@@ -219,6 +225,30 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return (difference.norm() / exact.norm()).item()
 
 
+def loss_errors(device: torch.device, dtype: torch.dtype, is_tiny: bool) -> dict[str, Any]:
+    """Relative errors of the chunked loss and its gradients against the definition in float64 on the CPU."""
+    torch.manual_seed(0)
+    num_tokens, hidden_size, vocab_size = (63, 60, 101) if is_tiny else (8191, 1000, 31999)
+    hidden = torch.randn(num_tokens, hidden_size).to(dtype)
+    weight = (torch.randn(vocab_size, hidden_size) / math.sqrt(hidden_size)).to(dtype)
+    targets = torch.randint(vocab_size, (num_tokens,))
+    targets[::7] = -100
+    exact = loss_and_gradients(reference_linear_cross_entropy, hidden.double(), weight.double(), targets)
+    found = loss_and_gradients(linear_cross_entropy, hidden.to(device), weight.to(device), targets.to(device))
+    errors = {name: relative_error(found[name], value) for name, value in exact.items()}
+    is_right = all(error <= LARGEST_ERROR[dtype] for error in errors.values())
+    return {"status": "passed" if is_right else "failed", "errors": errors, "limit": LARGEST_ERROR[dtype]}
+
+
+def loss_and_gradients(
+    function: Callable[..., torch.Tensor], hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss = function(*inputs, targets)
+    d_hidden, d_weight = torch.autograd.grad(loss, inputs)
+    return {"loss": loss.detach(), "d hidden": d_hidden, "d weight": d_weight}
+
+
 # ---------------------------------------------------------------------------------------------------- whole steps
 
 
@@ -259,6 +289,7 @@ def training_steps(
         "tokens_per_second": round(tokens_per_second, 1),
         "model_tflops": float(f"{tokens_per_second * flops_per_token(model, form, seq_len) / 1e12:.4g}"),
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "kernels": kernels_for(device.type) if isinstance(form, LostConfig) else "none",
     }
     if device.type == "cuda":
         result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
@@ -275,10 +306,13 @@ def quick(form: ParameterizationConfig) -> ParameterizationConfig:
 def train_step(
     net: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, device: torch.device
 ) -> torch.Tensor:
-    """One step under bfloat16 autocast; returns the loss without waiting for the device."""
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        logits = net(input_ids=ids, use_cache=False).logits
-    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    """One step under bfloat16 autocast, with the chunked loss; returns the loss without waiting for the device."""
+    targets = next_token_labels(ids).flatten()
+    with (
+        torch.autocast(device.type, dtype=torch.bfloat16),
+        head_gives(net.lm_head, lambda hidden, weight: linear_cross_entropy(hidden.flatten(0, 1), weight, targets)),
+    ):
+        loss = net(input_ids=ids, use_cache=False).logits / ids[:, 1:].numel()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lost.accounting.costs import linear_costs, sum_of
-from lost.config.schema import ModelConfig, ParameterizationConfig
+from lost.config.model import ModelConfig, ParameterizationConfig
 
 # A multiply-add is two operations; the backward pass has one product for the input and one for the weight.
 FLOPS_PER_MAC = 2

@@ -1,7 +1,7 @@
 """Number of trained parameters of a model."""
 
 from lost.accounting.costs import linear_costs, sum_of
-from lost.config.schema import ModelConfig, ParameterizationConfig
+from lost.config.model import ModelConfig, ParameterizationConfig
 
 
 def count_parameters(model: ModelConfig, parameterization: ParameterizationConfig) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lost.config.schema import ModelConfig
+from lost.config.model import ModelConfig
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from lost.accounting.memory import WIDTHS, Memory, Precision
-from lost.config.schema import ModelConfig
+from lost.config.model import ModelConfig
 
 SplitRuntime = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from lost.accounting.shapes import ATTENTION_PROJECTIONS, HEAD, MLP_PROJECTIONS, LinearShape
-from lost.config.schema import CountOrFraction, LostConfig
-from lost.config.section import nearest
+from lost.config.model import LostConfig
+from lost.config.section import CountOrFraction, nearest
 from lost.utils.errors import ConfigError
 
 FAMILY_PROJECTIONS = (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)

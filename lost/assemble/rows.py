@@ -3,7 +3,7 @@
 import dataclasses
 
 from lost.assemble.load import Loaded
-from lost.config.schema import DataConfig
+from lost.config.data import DataConfig
 from lost.data import TokenRows
 from lost.data.prepared import prepare_validation
 from lost.utils.errors import ConfigError

@@ -1,18 +1,21 @@
-"""One linear layer, forward and backward: dense, LOST with z kept and made again (p0), LOST as three products."""
+"""One linear layer, forward and backward: dense, the peers, LOST as its definition, as three products, as operators."""
 
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from typing import cast
 
 import torch
 from lost_kernels.lost_linear import ACTIVATIONS
 from torch import Tensor, nn
 
+from lost.bench.arms import REFERENCE, check_operators, chosen, with_compiled
+from lost.bench.peers import PEERS, padded, peer_flops, peer_layer
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import SavedBytes, time_interleaved
 from lost.config.schema import BenchConfig
 from lost.model.lost_linear import LostLinear
-from lost.train.runtime import pick_device, pick_precision, set_num_threads
+from lost.train.runtime import measure_matmul_tflops, pick_device, pick_precision, set_num_threads
 from lost.utils.errors import ConfigError
 
 
@@ -48,36 +51,60 @@ def bench_layer(config: BenchConfig) -> BenchResult:
     precision = pick_precision(config.runtime.precision, device)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
     torch.manual_seed(0)
-    dense = nn.Linear(config.in_features, config.out_features, bias=False, device=device, dtype=dtype)
-    lost = LostLinear.from_linear(dense, replace(config.parameterization, lost_rank=config.lost_rank))
-    lost_p0 = copy(lost)
-    lost_p0.recompute_z = True
-    modules = {"dense": dense, "lost": lost, "lost p0": lost_p0, "three products": ThreeProducts(lost)}
-    x = torch.randn(config.num_tokens, config.in_features, device=device, dtype=dtype, requires_grad=True)
-    d_y = torch.randn(config.num_tokens, config.out_features, device=device)
+    sizes = padded(config.in_features), padded(config.out_features)
+    dense = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
+    linear = nn.Linear(config.in_features, config.out_features, bias=False, device=device, dtype=dtype)
+    lost = LostLinear.from_linear(linear, replace(config.parameterization, lost_rank=config.lost_rank))
+    shape = config.in_features, config.out_features, lost.lost_rank
+    reference = copy(lost)
+    reference.kernels = "reference"
+    own = {"three products": ThreeProducts(lost), REFERENCE: reference, "lost": lost}
+    names = chosen(config, ["dense", *PEERS, *own])
+
+    def make(name: str, is_compiled: bool) -> nn.Module:
+        module = dense if name == "dense" else own.get(name)
+        module = module or peer_layer(name, *shape, device=device, dtype=dtype)
+        return cast(nn.Module, torch.compile(module)) if is_compiled else module
+
+    modules = with_compiled(config, make, names)
+    x_dense = torch.randn(config.num_tokens, sizes[0], device=device, dtype=dtype, requires_grad=True)
+    x = x_dense.detach()[:, : config.in_features].contiguous().requires_grad_()
+    check_operators(lost, x)
+    d_y_dense = torch.randn(config.num_tokens, sizes[1], device=device)
+    d_y = d_y_dense[:, : config.out_features].contiguous()
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
-    def forward(module: nn.Module) -> Tensor:
-        with autocast:
-            return module(x)
+    def input_of(name: str) -> tuple[Tensor, Tensor]:
+        return (x_dense, d_y_dense) if name.startswith("dense") else (x, d_y)
 
-    def call(module: nn.Module) -> Callable[[], None]:
-        inputs = [x, *module.parameters()]
+    def forward(name: str) -> Tensor:
+        with autocast:
+            return modules[name](input_of(name)[0])
+
+    def call(name: str) -> Callable[[], None]:
+        given, gradient = input_of(name)
+        inputs = [given, *modules[name].parameters()]
 
         def forward_and_backward() -> None:
-            y = forward(module)
-            torch.autograd.grad(y, inputs, d_y.to(y.dtype))
+            y = forward(name)
+            torch.autograd.grad(y, inputs, gradient.to(y.dtype))
 
         return forward_and_backward
 
-    timings = time_interleaved({name: call(module) for name, module in modules.items()}, config.repeats, device)
+    timings = time_interleaved({name: call(name) for name in modules}, config.repeats, device)
     arms = {}
     for name, module in modules.items():
-        with SavedBytes([x, *module.parameters(), *module.buffers()]).counting() as saved:
-            forward(module)
-        arms[name] = Arm(timings[name], sum(p.numel() for p in module.parameters()), saved.num_bytes)
+        with SavedBytes([input_of(name)[0], *module.parameters(), *module.buffers()]).counting() as saved:
+            forward(name)
+        kind = name.partition(",")[0]
+        num_weights = sum(p.numel() for p in module.parameters())
+        is_lost = kind in own
+        flops = 6.0 * num_weights * config.num_tokens if is_lost else peer_flops(kind, *shape, config.num_tokens)
+        arms[name] = Arm(timings[name], num_weights, saved.num_bytes, flops=flops)
+    peak = measure_matmul_tflops(device, torch.float32 if precision == "fp32" else torch.bfloat16) * 1e12
     title = (
         f"layer {config.in_features} -> {config.out_features}, rank {lost.lost_rank}, {lost.num_kept} kept,"
         f" {config.num_tokens} tokens, forward + backward"
     )
-    return BenchResult(config, title, config.num_tokens, device, precision, torch.get_num_threads(), arms)
+    num_threads = torch.get_num_threads()
+    return BenchResult(config, title, config.num_tokens, device, precision, num_threads, arms, peak_flops=peak)

@@ -1,8 +1,10 @@
 """What a benchmark found: a table for people, JSON for comparisons."""
 
+import csv
 import json
 import statistics
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,36 @@ from rich.table import Table
 from lost.bench.timing import Timing, quantiles
 from lost.config.schema import BenchConfig
 from lost.config.section import to_dict
+from lost.utils.plots import plot_arms
 from lost.utils.versions import versions
+
+NARROWEST = 110
+HISTORY_FIELDS = (
+    "median_seconds",
+    "time_over_base",
+    "time_over_base_20",
+    "time_over_base_80",
+    "tokens_per_second",
+    "num_parameters",
+    "saved_activation_bytes",
+    "peak_bytes",
+    "share_of_peak_flops",
+)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of doing the same work."""
+    """One way of doing the same work.
+
+    saved_bytes are kept between forward and backward, peak_bytes lived together in one call with all that outlives it;
+    flops are those of the products of one call. 0: not counted.
+    """
 
     timing: Timing
     num_parameters: int
     saved_bytes: int
+    peak_bytes: int = 0
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,13 @@ class BenchResult:
     base: str = "dense"
     more_facts: dict[str, Any] = field(default_factory=dict)
     remark: str = ""
+    # FLOP/s of one large matrix product in this run, which the arms are compared with; 0: not measured.
+    peak_flops: float = 0.0
+
+    def share_of_peak(self, name: str) -> float:
+        """FLOP/s of the arm's products over those of one large product."""
+        arm = self.arms[name]
+        return arm.flops / arm.timing.median / self.peak_flops if self.peak_flops else 0.0
 
     def ratio_to_base(self, name: str) -> float:
         """Median over the rounds of: time over that of `base` in the same round."""
@@ -74,20 +103,27 @@ class BenchResult:
             "tokens_per_second": self.num_tokens / arm.timing.median,
             "num_parameters": arm.num_parameters,
             "saved_activation_bytes": arm.saved_bytes,
+            "peak_bytes": arm.peak_bytes,
+            "flops": arm.flops,
+            "share_of_peak_flops": self.share_of_peak(name),
             "seconds": arm.timing.seconds,
         }
 
     def table(self) -> Table:
         """One row an arm; tokens/s and saved activations where they mean something."""
         has_saved = any(arm.saved_bytes for arm in self.arms.values())
+        has_peak = any(arm.peak_bytes for arm in self.arms.values())
+        has_flops = bool(self.peak_flops) and any(arm.flops for arm in self.arms.values())
         caption = (
             f"{self.device.type}, {self.precision}, {self.num_threads} CPU threads; median and 20-80 % of"
-            f" {self.config.repeats} interleaved rounds." + has_saved * " Saved: kept for the backward pass."
+            f" {self.config.repeats} interleaved rounds."
+            + has_saved * " Saved: kept for the backward pass."
+            + has_flops * " FLOP/s: of the products, over those of one large product in the same run."
         )
         table = Table(title=self.title, caption=caption)
         table.add_column("", no_wrap=True)
         heads = ["ms", f"/ {self.base}", "20-80 %", *["tokens/s"] * bool(self.num_tokens), "M params"]
-        for head in heads + ["saved MiB"] * has_saved:
+        for head in heads + ["FLOP/s %"] * has_flops + ["saved MiB"] * has_saved + ["peak MiB"] * has_peak:
             table.add_column(head, justify="right", no_wrap=True)
         for name, arm in self.arms.items():
             low_ratio, high_ratio = quantiles(arm.timing.ratios_to(self.arms[self.base].timing))
@@ -97,20 +133,65 @@ class BenchResult:
                 f"{low_ratio:.2f}-{high_ratio:.2f}",
                 *[f"{self.num_tokens / arm.timing.median:,.0f}"] * bool(self.num_tokens),
                 f"{arm.num_parameters / 1e6:.2f}",
+                *[f"{100 * self.share_of_peak(name):.0f}"] * has_flops,
                 *[f"{arm.saved_bytes / 2**20:.1f}"] * has_saved,
+                *[f"{arm.peak_bytes / 2**20:.1f}"] * has_peak,
             ]
             table.add_row(name, *cells)
         return table
 
     def print_and_write(self) -> Path | None:
-        """Prints the table; writes `<to>/bench_<what>.json` where `to` is set and returns its path."""
-        Console().print(self.table())
+        """Prints the table; where `to` is set writes bench_<what>.json and .png there and adds to bench_<what>.csv.
+
+        Returns:
+            The JSON's path.
+        """
+        console = Console()
+        # A file or a pipe has no width of its own: do not fold the columns.
+        console.width = console.width if console.is_terminal else max(console.width, NARROWEST)
+        console.print(self.table())
         if self.remark:
-            Console().print(self.remark, highlight=False)
+            console.print(self.remark, highlight=False)
         if not self.config.to:
             return None
         path = Path(self.config.to) / f"bench_{self.config.what}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.facts(), indent=2) + "\n")
-        Console().print(f"written: {path}", highlight=False)
+        self.add_to_history(path.with_suffix(".csv"))
+        plot_arms(
+            path.with_suffix(".png"),
+            self.title,
+            f"time over {self.base}, with 20-80 %",
+            {name: (self.ratio_to_base(name), *self._spread(name)) for name in self.arms},
+        )
+        Console().print(f"written: {path}, with .png, and a line an arm in .csv", highlight=False)
         return path
+
+    def _spread(self, name: str) -> tuple[float, float]:
+        return quantiles(self.arms[name].timing.ratios_to(self.arms[self.base].timing))
+
+    def add_to_history(self, path: Path) -> None:
+        """Adds one line an arm to the CSV file, with commit, device and versions; a new file gets its head first."""
+        facts, found = self.facts(), versions()
+        devices = found["devices"]
+        same = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+            "commit": found.get("commit"),
+            "is_dirty": found.get("is_dirty"),
+            "device": devices["gpus"][0] if self.device.type == "cuda" else devices["cpu"],
+            "num_threads": self.num_threads,
+            "torch": found["packages"]["torch"],
+            "triton": found["packages"]["triton"],
+            "precision": self.precision,
+            "title": self.title,
+        }
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [*same, "arm", *HISTORY_FIELDS])
+            if is_new:
+                writer.writeheader()
+            for name in self.arms:
+                arm = facts["arms"][name]
+                low, high = arm["spread_of_time_over_base"]
+                values = arm | {"time_over_base_20": low, "time_over_base_80": high}
+                writer.writerow(same | {"arm": name} | {field: values[field] for field in HISTORY_FIELDS})

@@ -1,4 +1,4 @@
-"""A whole training step (forward, backward, AdamW) of one architecture: dense against LOST, on random tokens."""
+"""A whole training step (forward, backward, AdamW) of one architecture on random tokens, every arm with one loss."""
 
 from collections.abc import Callable
 
@@ -6,21 +6,20 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from lost.bench.arms import REFERENCE, chosen, compile_blocks, flops_of, model_of, with_compiled
+from lost.bench.peers import PEERS
 from lost.bench.result import Arm, BenchResult
-from lost.bench.timing import NUM_WARMUP_ROUNDS, SavedBytes, time_interleaved
-from lost.config.model import DenseConfig
-from lost.config.runtime import RuntimeConfig
+from lost.bench.timing import NUM_WARMUP_ROUNDS, time_interleaved
 from lost.config.schema import BenchConfig
 from lost.config.training import AdamWConfig
-from lost.model import build_model
+from lost.train.loss import model_loss_sum
 from lost.train.optim import build_optimizer
-from lost.train.runtime import pick_device, pick_precision, set_num_threads
-from lost.train.wrap import set_recompute
+from lost.train.runtime import measure_matmul_tflops, pick_device, pick_precision, set_num_threads
 from lost.utils.errors import ConfigError
 
 
 def bench_step(config: BenchConfig) -> BenchResult:
-    """Times of training steps on num_tokens // seq_len rows of random tokens, with the default recomputation.
+    """Times of training steps on num_tokens // seq_len rows of random tokens, with `recompute` for dense and LOST.
 
     Raises:
         ConfigError: num_tokens is no multiple of seq_len, or a row is longer than the model takes.
@@ -38,13 +37,19 @@ def bench_step(config: BenchConfig) -> BenchResult:
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
-    forms = {"dense": DenseConfig(), "lost": config.parameterization}
-    models = {
-        name: build_model(config.model, form, seed=0, device=device, dtype=dtype).train()
-        for name, form in forms.items()
-    }
-    for model in models.values():
-        set_recompute(model, RuntimeConfig().recompute)
+    names = chosen(
+        config, [f"dense {config.recompute}", *PEERS, REFERENCE, f"lost {config.recompute}"], has_levels=True
+    )
+    if not config.arms:
+        names = [name for name in names if name not in PEERS]
+
+    def make(name: str, is_compiled: bool) -> PreTrainedModel:
+        net = model_of(config, name, config.model, device, dtype)
+        if is_compiled:
+            compile_blocks(net)
+        return net
+
+    models = with_compiled(config, make, names)
     generator = torch.Generator().manual_seed(0)
     shape = (config.num_tokens // config.seq_len, config.seq_len)
     ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
@@ -52,7 +57,7 @@ def bench_step(config: BenchConfig) -> BenchResult:
 
     def loss_of(model: PreTrainedModel) -> torch.Tensor:
         with autocast:
-            return model(input_ids=ids, labels=ids, use_cache=False).loss
+            return model_loss_sum(model, model, {"input_ids": ids}, ids) / ids.numel()
 
     def training_step(model: PreTrainedModel) -> Callable[[], None]:
         optimizer = build_optimizer(model, AdamWConfig(learning_rate=1e-4), device)
@@ -72,8 +77,12 @@ def bench_step(config: BenchConfig) -> BenchResult:
         )
     arms = {}
     for name, model in models.items():
-        with SavedBytes([*model.parameters(), *model.buffers(), ids]).counting() as saved:
-            loss_of(model)
-        arms[name] = Arm(timings[name], sum(p.numel() for p in model.parameters()), saved.num_bytes)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        flops = flops_of(config, name.partition(",")[0], config.model, config.num_tokens)
+        arms[name] = Arm(timings[name], num_parameters, 0, flops=flops)
+    peak = measure_matmul_tflops(device, torch.float32 if precision == "fp32" else torch.bfloat16) * 1e12
     title = f"training step of {config.model.name}: {shape[0]} rows of {shape[1]} tokens"
-    return BenchResult(config, title, config.num_tokens, device, precision, torch.get_num_threads(), arms)
+    num_threads = torch.get_num_threads()
+    return BenchResult(
+        config, title, config.num_tokens, device, precision, num_threads, arms, base=names[0], peak_flops=peak
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from lost.accounting.shapes import LinearShape, linear_shapes
 from lost.accounting.targets import rank_problems, targets_of, unmatched_overrides, unmatched_targets
-from lost.config.schema import LostConfig, ModelConfig, ParameterizationConfig
+from lost.config.model import LostConfig, ModelConfig, ParameterizationConfig
 from lost.config.section import WrongValue
 
 # A width that is not known limits no rank, and a number of layers that is not known no pattern.

@@ -11,7 +11,8 @@ from rich.table import Table
 from lost.assemble.load import Loaded, load_model
 from lost.assemble.rows import validation_rows
 from lost.checkpoint import write_json_atomically
-from lost.config.schema import EvaluateConfig, RuntimeConfig
+from lost.config.runtime import RuntimeConfig
+from lost.config.schema import EvaluateConfig
 from lost.config.section import to_dict
 from lost.evaluation import PerplexityResult, perplexity
 from lost.train.runtime import Runtime, start_runtime

@@ -4,7 +4,8 @@ from transformers import TextStreamer
 
 from lost.assemble.generation import generate
 from lost.assemble.load import load_model
-from lost.config.schema import GenerateConfig, RuntimeConfig
+from lost.config.runtime import RuntimeConfig
+from lost.config.schema import GenerateConfig
 from lost.config.section import to_dict
 from lost.train.runtime import start_runtime
 from lost.utils.logging import setup

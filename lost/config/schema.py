@@ -120,15 +120,23 @@ class BenchConfig(Section):
     model: ModelConfig = setting("architecture; what=layer has its own sizes")
     parameterization: LostConfig = setting("the LOST arm")
     runtime: DeviceConfig = setting("device and precision")
-    what: Literal["layer", "step", "loop", "checkpoint"] = setting(
-        "layer: one linear layer; step: forward, backward and update of a model; loop: what the training loop adds;"
-        " checkpoint: saving and resuming",
+    what: Literal["layer", "block", "step", "memory", "loop", "checkpoint"] = setting(
+        "layer: one linear layer; block: one block of a model; step: forward, backward and update of a model; memory:"
+        " the peak of a step at every level of recomputation; loop: what the training loop adds; checkpoint: saving and"
+        " resuming",
         "layer",
+    )
+    arms: list[str] = setting("arms of layer, block, step and memory, besides the first; empty: the usual ones", [])
+    compiled: bool = setting("layer, block, step: every arm also through torch.compile", False)
+    recompute: Literal["none", "p0", "p1", "p2", "p3", "block"] = setting(
+        "what=step: what dense and LOST make again in the backward pass", "p1"
     )
     in_features: int = setting("input width of what=layer", 1024, at_least=1)
     out_features: int = setting("output width of what=layer", 1024, at_least=1)
     lost_rank: CountOrFraction = setting("rank of what=layer; what=step takes parameterization.lost_rank", 256)
     num_tokens: int = setting("tokens of one call", 2048, at_least=1, unit="tokens")
-    seq_len: int = setting("row length of what=step, loop and checkpoint", 256, at_least=2, unit="tokens")
+    seq_len: int = setting(
+        "row length of what=block, step, memory, loop and checkpoint", 256, at_least=2, unit="tokens"
+    )
     repeats: int = setting("timed rounds; every round runs each arm once", 15, at_least=3)
     to: str = setting("folder of the JSON result; empty: print only", "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lost.config.schema import DataConfig
+from lost.config.data import DataConfig
 from lost.data.cache import key_of
 from lost.data.hub import C4Corpus
 from lost.data.report import PrepareReport, ProgressCallable

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lost.config.schema import LostConfig
+from lost.config.model import LostConfig
 from lost.model.lost_init import Factors, FreshWeight, Triplets, highest, with_fixed_signs
 from lost.utils.errors import ConfigError
 

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from lost.config.schema import ParameterizationConfig
+from lost.config.model import ParameterizationConfig
 from lost.config.section import build, to_dict
+from lost.model.blocks import LostLlamaAttention, LostLlamaMLP
 from lost.model.lost_init import FreshWeight
 from lost.model.parameterizations import parameterization_of
 from lost.model.split import write
@@ -84,6 +85,8 @@ class LostLlamaModel(LostLlamaPreTrainedModel, LlamaModel):
         device = torch.get_default_device()
         with torch.device("meta"):
             super().__init__(config)
+            for index, block in enumerate(self.layers):
+                block.self_attn, block.mlp = LostLlamaAttention(config, index), LostLlamaMLP(config)
             if not is_part_of_causal_lm:
                 _swap_linears(_Shell(self), config)
         self._materialise(device)

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from lost.accounting.targets import ALL_LINEAR
-from lost.config.schema import LostConfig
+from lost.config.model import LostConfig
 from lost.model.lost_init import factorisation_cost, layer_generator
 from lost.model.lost_linear import LostLinear, rank_of
 from lost.model.split import Piece, Processes, shared_values

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lost.config.schema import LostConfig
+from lost.config.model import LostConfig
 from lost.utils.errors import ConfigError
 
 # Below this ratio of singular values the squares in the Gram matrix have lost too many digits (1e-6 of the largest

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lost.config.schema import LostConfig, ModelConfig, ParameterizationConfig
+from lost.config.model import LostConfig, ModelConfig, ParameterizationConfig
 from lost.model import inject
 from lost.model.build import build_meta_model, initialise, materialise
 from lost.model.lost_linear import LostLinear

@@ -16,7 +16,7 @@ from rich.table import Column
 
 from lost.checkpoint import truncate_metrics
 from lost.checkpoint.io import space_left
-from lost.config.schema import LoggingConfig
+from lost.config.runtime import LoggingConfig
 from lost.train.wandb_run import WandbRun, start_wandb
 from lost.utils.errors import TrainingError
 from lost.utils.logging import console as shared_console

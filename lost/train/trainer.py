@@ -11,7 +11,7 @@ import torch
 from lost.config.schema import PretrainConfig
 from lost.train.divergence import StepFacts, diagnosis, fault_of, loss_limit
 from lost.train.engine import Engine
-from lost.train.loss import token_loss_sum
+from lost.train.loss import model_loss_sum
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.profile import StepProfiler
 from lost.train.runtime import Runtime
@@ -183,8 +183,7 @@ def forward_loss_sum(run: Run, batch: Batch) -> torch.Tensor:
     inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     labels = inputs.pop("labels")
     with run.runtime.autocast():
-        logits = run.engine.wrapped(**inputs, use_cache=False).logits
-    return token_loss_sum(logits, labels)
+        return model_loss_sum(run.engine.wrapped, run.engine.model, inputs, labels)
 
 
 def count_over_processes(run: Run, micro_batches: list[Batch]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lost.config.schema import LoggingConfig
+from lost.config.runtime import LoggingConfig
 from lost.utils.errors import ConfigError
 from lost.utils.logging import get_logger
 

@@ -3,17 +3,25 @@
 from torch import nn
 
 from lost.model.lost_linear import LostLinear
+from lost.train.recompute import LEVELS, checkpoint_selectively, llama_blocks
 
 
 def set_recompute(model: nn.Module, recompute: str) -> None:
-    """Makes the backward pass of `model` compute again what runtime.recompute says."""
-    for module in model.modules():
-        if isinstance(module, LostLinear):
-            module.recompute_z = recompute == "p0"
-    if recompute == "block":
+    """Makes the backward pass of `model` compute again what runtime.recompute says (`lost.train.recompute`)."""
+    if recompute in LEVELS:
+        for block in llama_blocks(model):
+            checkpoint_selectively(block, recompute)
+    elif recompute == "block":
         # transformers renamed it; 5.17 has the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+
+
+def set_kernels(model: nn.Module, kernels: str) -> None:
+    """Makes every LOST layer of `model` compute as runtime.kernels came out to be."""
+    for module in model.modules():
+        if isinstance(module, LostLinear):
+            module.kernels = kernels
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 
-from lost.config.schema import OptimizerConfig
+from lost.config.training import OptimizerConfig
 from lost.train.engine import Engine, Fill, Read
 from lost.train.norms import local_square_sums, norms_by_group, scale_to_norm
 from lost.train.optim import build_optimizer, shape_of

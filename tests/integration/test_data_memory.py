@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 _PROGRAM = """
 import resource, sys
-from lost.config.schema import TextFilesDataConfig
+from lost.config.data import TextFilesDataConfig
 from lost.data import prepare
 folder, size, attempt = sys.argv[1:]
 files = [f"{folder}/{size}.{kind}" for kind in ("txt", "jsonl", "parquet")]

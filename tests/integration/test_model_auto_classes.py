@@ -32,7 +32,7 @@ def test_kernels_is_no_package():
 def test_a_saved_model_loads_and_generates_in_another_process(tmp_path):
     save = f"""
 import torch
-from lost.config.schema import LostConfig, ModelConfig
+from lost.config.model import LostConfig, ModelConfig
 from lost.model import build_model
 model = ModelConfig(name="t", vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, lineage_rank=5)
@@ -69,7 +69,7 @@ def test_a_large_model_is_built_without_its_dense_weights(is_naive):
             f"""
 import torch
 from transformers import LlamaForCausalLM
-from lost.config.schema import DenseConfig, LostConfig, ModelConfig
+from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model import build_model, inject
 from lost.model.build import llama_config
 

@@ -63,6 +63,7 @@ else:
     assert names[0] == "versions"
     assert names[-1] == "end"
     assert sum(name.startswith("layer") for name in names) == 4
+    assert sum(name.startswith("cross-entropy") for name in names) == 2
     steps = [line for line in lines if line["item"].startswith("steps")]
     assert {line["item"].split()[-1] for line in steps} == {"eager", "compiled"}
     assert {line["item"].split()[-2] for line in steps} == {"dense", "lost"}

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from lost.config.schema import RuntimeConfig
+from lost.config.runtime import RuntimeConfig
 from lost.model.split import Processes
 from lost.testing import group_runs
 from lost.testing.processes import run_processes

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lost.config.schema import LostConfig
+from lost.config.model import LostConfig
 from lost.model.lost_init import factorise, singular_triplets
 from lost.testing.numerics import LIMITS, assert_close, relative_rms_error
 from lost.utils.errors import ConfigError

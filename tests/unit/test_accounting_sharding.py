@@ -8,7 +8,7 @@ from lost.accounting import GIB, memory_per_device
 from lost.accounting.sharding import SPLIT_PARTS, memory_over_devices, whole_weights_bytes
 from lost.cli import plan
 from lost.config.compose import compose
-from lost.config.schema import LostConfig, ModelConfig
+from lost.config.model import LostConfig, ModelConfig
 from lost.model.build import build_meta_model
 
 MODEL = ModelConfig(

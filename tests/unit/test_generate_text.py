@@ -7,7 +7,9 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from lost.assemble.generation import generate, prompt_ids
-from lost.config.schema import DeviceConfig, GenerateConfig, LostConfig, ModelConfig
+from lost.config.model import LostConfig, ModelConfig
+from lost.config.runtime import DeviceConfig
+from lost.config.schema import GenerateConfig
 from lost.model import build_model
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
 from lost.utils.errors import ConfigError

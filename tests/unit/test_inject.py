@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import lost
-from lost.config.schema import LostConfig
+from lost.config.model import LostConfig
 from lost.model.inject import inject
 from lost.model.lost_linear import LostLinear
 from lost.model.targets import Projections

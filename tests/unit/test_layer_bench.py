@@ -1,5 +1,6 @@
 """`lost bench`: interleaving, medians, saved bytes, both kinds of result on tiny shapes."""
 
+import csv
 import json
 import time
 
@@ -8,10 +9,13 @@ import torch
 
 from lost.bench import run
 from lost.bench.layer import ThreeProducts
+from lost.bench.peers import PEERS, peer_layer
 from lost.bench.timing import NUM_WARMUP_ROUNDS, SavedBytes, Timing, time_interleaved
-from lost.config.schema import BenchConfig, DeviceConfig, LostConfig, ModelConfig
+from lost.config.model import LostConfig, ModelConfig
+from lost.config.runtime import DeviceConfig
+from lost.config.schema import BenchConfig
 from lost.model.lost_linear import LostLinear
-from lost.utils.errors import ConfigError
+from lost.utils.errors import ConfigError, TrainingError
 
 CPU = torch.device("cpu")
 
@@ -75,7 +79,6 @@ def test_saved_bytes_counts_each_storage_once_and_leaves_inputs_out():
 
 def test_lost_keeps_less_than_three_products():
     layer = LostLinear(64, 64, lost_rank=16, density=0.1)
-    layer.recompute_z = True
     x = torch.randn(100, 64, requires_grad=True)
     kept = {}
     for module in (layer, ThreeProducts(layer)):
@@ -96,8 +99,9 @@ def test_three_products_are_the_same_function(mode, density):
 
 def test_layer_result_and_json(tmp_path, capsys):
     result = run(tiny(to=str(tmp_path / "new")))
-    assert list(result.arms) == ["dense", "lost", "lost p0", "three products"]
-    assert result.arms["dense"].num_parameters == 40 * 30
+    assert list(result.arms) == ["dense", "cola", "sltrain", "low_rank", "three products", "lost reference", "lost"]
+    # Padded to multiples of 16, as LOST pads inside.
+    assert result.arms["dense"].num_parameters == 48 * 32
     assert result.arms["lost"].num_parameters == 6 * 70 + 4 * 30
     assert result.ratio_to_base("dense") == 1
     assert "three products" in capsys.readouterr().out
@@ -112,10 +116,67 @@ def test_layer_result_and_json(tmp_path, capsys):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])
 def test_step_trains_both_arms(tmp_path, precision):
     result = run(tiny(what="step", runtime=DeviceConfig(device="cpu", precision=precision), to=str(tmp_path)))
-    assert list(result.arms) == ["dense", "lost"]
-    assert result.arms["lost"].num_parameters < result.arms["dense"].num_parameters
-    assert all(arm.saved_bytes > 0 for arm in result.arms.values())
+    assert list(result.arms) == ["dense p1", "lost reference", "lost p1"]
+    assert result.arms["lost p1"].num_parameters < result.arms["dense p1"].num_parameters
+    assert result.arms["lost p1"].flops < result.arms["dense p1"].flops
+    assert all(0 < result.share_of_peak(name) < 2 for name in result.arms)
     assert json.loads((tmp_path / "bench_step.json").read_text())["precision"] == precision
+
+
+def test_block_has_every_arm_and_keeps_less_at_higher_levels():
+    arms = run(tiny(what="block")).arms
+    assert list(arms) == ["dense", "cola", "sltrain", "low_rank", "lost reference", "lost", "lost p1", "lost p3"]
+    assert arms["lost p3"].saved_bytes < arms["lost p1"].saved_bytes < arms["lost"].saved_bytes
+    assert arms["lost"].saved_bytes < arms["lost reference"].saved_bytes
+
+
+def test_memory_counts_the_state_and_every_level():
+    arms = run(tiny(what="memory", arms=["lost none", "lost p1", "lost block"])).arms
+    assert list(arms) == ["dense none", "lost none", "lost p1", "lost block"]
+    assert all(arm.peak_bytes > 16 * arm.num_parameters for arm in arms.values())
+    assert arms["lost block"].saved_bytes < arms["lost p1"].saved_bytes < arms["lost none"].saved_bytes
+
+
+def test_compiled_arms():
+    result = run(tiny(compiled=True, arms=["lost"], num_tokens=16))
+    assert list(result.arms) == ["dense", "lost", "dense, compiled", "lost, compiled"]
+
+
+def test_every_run_adds_lines_to_the_history(tmp_path):
+    for _ in range(2):
+        run(tiny(to=str(tmp_path), arms=["lost"]))
+    lines = list(csv.DictReader((tmp_path / "bench_layer.csv").open()))
+    assert [line["arm"] for line in lines] == ["dense", "lost"] * 2
+    assert all(line["torch"] == torch.__version__ and line["device"] and "commit" in line for line in lines)
+    assert (tmp_path / "bench_layer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_operators_are_not_timed(monkeypatch):
+    right = LostLinear.forward
+    monkeypatch.setattr(LostLinear, "forward", lambda self, x: 1.01 * right(self, x))
+    with pytest.raises(TrainingError, match="nothing was timed"):
+        run(tiny())
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_are_their_definitions(name):
+    layer = peer_layer(name, 10, 12, 3, dtype=torch.float64)
+    x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
+    if name == "sltrain":
+        torch.nn.init.normal_(layer.values)
+        sparse = torch.zeros(120, dtype=torch.float64).index_add(0, layer.places, layer.values).view(12, 10)
+        expected = x @ (layer.up @ layer.down + sparse).T
+    else:
+        h = x @ layer.down.T
+        expected = (h * torch.sigmoid(h) if name == "cola" else h) @ layer.up.T
+    torch.testing.assert_close(layer(x), expected)
+    inputs = [x, *layer.parameters()]
+    for own, other in zip(
+        torch.autograd.grad(layer(x).square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +185,7 @@ def test_step_trains_both_arms(tmp_path, precision):
         ({"what": "step", "num_tokens": 50}, "num_tokens = 50 is no multiple of seq_len = 16"),
         ({"what": "step", "seq_len": 128, "num_tokens": 128}, "seq_len = 128 is above model.max_position_embeddings"),
         ({"lost_rank": 31}, "lost_rank = 31"),
+        ({"arms": ["densse"]}, "densse"),
         ({"parameterization": LostConfig(selection_axis="rows")}, "selection_axis = rows"),
         ({"parameterization": LostConfig(rank_overrides={"a": 2})}, "rank_overrides"),
     ],
@@ -157,7 +219,8 @@ def test_a_checkpoint_is_saved_and_resumed_each_round(tmp_path):
     assert list(result.arms) == ["save", "save in background", "resume", *windows]
     assert {len(arm.timing.seconds) for arm in result.arms.values()} == {3}
     assert "checkpoint of tiny, 0 MiB" in result.title
-    assert [path.name for path in tmp_path.iterdir()] == ["bench_checkpoint.json"]
+    names = [f"bench_checkpoint.{ending}" for ending in ("csv", "json", "png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     without, with_save = (result.arms[name].timing for name in windows)
     added = [a - b for a, b in zip(with_save.seconds, without.seconds, strict=True)]
     assert overhead["fraction"] == pytest.approx(sorted(added)[1] / without.median * num_steps / 100)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lost
-from lost.config.schema import LostConfig
+from lost.config.model import LostConfig
 from lost.model.lost_linear import LostLinear
 from lost.utils.errors import ConfigError, LostError, ShapeError
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from lost.config.schema import LostConfig
+from lost.config.model import LostConfig
 from lost.model.lost_init import factorise
 from lost.model.workers import run_side_by_side
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lost.checkpoint import truncate_metrics
-from lost.config.schema import LoggingConfig
+from lost.config.runtime import LoggingConfig
 from lost.train.metrics import MetricsLogger
 
 NO_WANDB = LoggingConfig(name="none")

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from lost.config.schema import LoggingConfig
+from lost.config.runtime import LoggingConfig
 from lost.train import wandb_run
 from lost.train.metrics import MetricsLogger
 from lost.utils.errors import ConfigError

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lost.config.schema import LostConfig, ModelConfig
+from lost.config.model import LostConfig, ModelConfig
 from lost.config.section import to_dict
 from lost.model import LostLinear, LostLlamaConfig, LostLlamaForCausalLM, LostLlamaModel, build_model
 from lost.utils.errors import CheckpointError, ConfigError, LostError

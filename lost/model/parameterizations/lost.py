@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lost.config.schema import LostConfig
+from lost.config.model import LostConfig
 from lost.model.inject import inject
 from lost.model.lost_init import FreshWeight
 from lost.model.lost_linear import LostLinear
