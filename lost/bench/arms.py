@@ -50,8 +50,7 @@ def check_operators(layer: LostLinear, x: Tensor) -> None:
         TrainingError: output or a gradient of the layer is not what the definition gives.
     """
     parameters = [x, *layer.parameters()]
-    *weights, bias = layer.weights
-    outputs = layer(x), reference_lost_linear(x, *weights, layer.activation, bias)
+    outputs = layer(x), reference_lost_linear(x, *layer.weights[:5], layer.activation, layer.bias)
     ours, exact = ([y, *torch.autograd.grad(y.float().square().sum(), parameters)] for y in outputs)
     for value, right in zip(ours, exact, strict=True):
         error = ((value - right).float().norm() / right.float().norm()).item()

@@ -24,7 +24,7 @@ def head_gives(head: nn.Linear, function: Callable[[Tensor, Tensor], Tensor]) ->
 
     The head is still called as a module: FSDP2, DDP and ZeRO bring its weight as for every forward.
     """
-    head.forward = lambda hidden: function(hidden, head.weight)
+    head.forward = lambda hidden: function(hidden, head.weight)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

@@ -244,8 +244,18 @@ class LostLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        *weights, bias = self.weights
-        return lost_linear(x, *weights, self.activation, bias, selection_axis=self.selection_axis, kernels=self.kernels)
+        return lost_linear(
+            x,
+            self.low_rank_down,
+            self.low_rank_up,
+            self.sparse_weight,
+            self.sparse_index,
+            self.gamma,
+            self.activation,
+            self.bias,
+            selection_axis=self.selection_axis,
+            kernels=self.kernels,
+        )
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:

@@ -47,7 +47,8 @@ class Case:
         else:
             ys = function(self.x, self.members, self.activation)
         generator = torch.Generator().manual_seed(9)
-        total = sum((y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)).sum() for y in ys)
+        weighted = [(y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)).sum() for y in ys]
+        total = torch.stack(weighted).sum()
         gradients = torch.autograd.grad(total, list(self.leaves.values()))
         named = {f"y {number}": y for number, y in enumerate(ys)}
         return named | dict(zip(self.leaves, gradients, strict=True))

@@ -50,7 +50,7 @@ def checkpoint_selectively(block: LlamaDecoderLayer, level: str) -> None:
     """Makes `block` keep in training what LEVELS[level] says; transformers calls the function set here."""
     block.gradient_checkpointing = True
     context = partial(contexts, block, level)
-    block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=context)  # pyright: ignore[reportAttributeAccessIssue]
+    block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=context)  # pyright: ignore[reportArgumentType]
 
 
 def contexts(block: LlamaDecoderLayer, level: str) -> Any:

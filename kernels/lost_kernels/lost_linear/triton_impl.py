@@ -66,7 +66,7 @@ def joined_activations(
                 HAS_GAMMA=scales is not None,
                 BLOCK_ROWS=tile.rows,
                 BLOCK_COLUMNS=_block(part.width, tile),
-                num_warps=tile.num_warps,
+                num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
             )
     return z
 
@@ -86,7 +86,7 @@ def joined_activations_backward(
     dh, dkept = torch.empty_like(h), torch.empty_like(kept)
     tile = TILES["z_backward"]
     num_blocks = triton.cdiv(h.shape[0], tile.rows)
-    d_gammas = h.new_empty(num_blocks, len(parts), dtype=torch.float32) if needs_gamma else None
+    d_gammas = h.new_empty(num_blocks, len(parts), dtype=torch.float32) if needs_gamma else None  # pyright: ignore[reportArgumentType]
     scales = _scales(gammas, h.device)
     with torch.cuda.device_of(h):
         for first, count, part in _runs(parts, h.shape[0]):
@@ -111,7 +111,7 @@ def joined_activations_backward(
                 NEEDS_GAMMA=needs_gamma,
                 BLOCK_ROWS=tile.rows,
                 BLOCK_COLUMNS=_block(part.rank + part.num_kept, tile),
-                num_warps=tile.num_warps,
+                num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
             )
     return dh, dkept, None if d_gammas is None else d_gammas.sum(0)
 
@@ -136,7 +136,7 @@ def add_kept_gradients(d_x: Tensor, dkept: Tensor, indices: list[Tensor]) -> Non
             NUM_MEMBERS=len(indices),
             BLOCK_ROWS=tile.rows,
             BLOCK_COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
+            num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
         )
 
 
@@ -156,7 +156,7 @@ def inverse_maps(indices: list[Tensor], in_features: int) -> Tensor:
             NUM_KEPT=num_kept,
             BLOCK_CHANNELS=tile.rows,
             BLOCK_KEPT=tile.columns,
-            num_warps=tile.num_warps,
+            num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
         )
         first, column = first + count, column + count * num_kept
     return inverse
@@ -173,7 +173,7 @@ def _runs(parts: list[Part], num_rows: int) -> list[tuple[int, int, Part]]:
 
 
 def _block(width: int, tile: Tile) -> int:
-    return min(tile.columns, max(16, triton.next_power_of_2(width)))
+    return min(tile.columns, max(16, triton.next_power_of_2(width)))  # pyright: ignore[reportReturnType]
 
 
 def _scales(gammas: list[Tensor] | list[float], device: torch.device) -> Tensor | None:

@@ -54,7 +54,7 @@ def z_forward(
     if HAS_GAMMA:
         low_scale = tl.load(gamma_ptr + member).to(tl.float32)
         sparse_scale = 1.0 - low_scale
-    for start in tl.static_range(0, WIDTH, BLOCK_COLUMNS):
+    for start in tl.static_range(0, WIDTH, BLOCK_COLUMNS):  # pyright: ignore[reportGeneralTypeIssues]
         columns = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
         value = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         if start < RANK:
@@ -176,7 +176,7 @@ def add_kept(
     is_there = (rows < num_rows) & has_column
     place = dx_ptr + rows * dx_stride + columns
     total = tl.load(place, mask=is_there, other=0.0).to(tl.float32)
-    for member in tl.static_range(NUM_MEMBERS):
+    for member in tl.static_range(NUM_MEMBERS):  # pyright: ignore[reportGeneralTypeIssues]
         source = tl.load(inverse_ptr + member * in_features + columns, mask=has_column, other=-1)
         is_kept = is_there & (source >= 0)
         total += tl.load(dkept_ptr + rows * dkept_stride + source, mask=is_kept, other=0.0).to(tl.float32)
