@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from lost.testing.forked import Forked
-from lost.testing.runs import environment, read_metrics, tiny_run, write_corpus
+from lost.testing.runs import children_of, environment, read_metrics, tiny_run, write_corpus
 
 SAVE_STEPS = 5
 # A kill comes at most so many steps after the start before it got to.
@@ -67,9 +67,7 @@ class Command:
         own = self._process.pid
         if self._process.poll() is not None:
             return []
-        return (
-            sorted(map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split())) if self._count > 1 else [own]
-        )
+        return sorted(children_of(own)) if self._count > 1 else [own]
 
     def is_running(self) -> bool:
         return self._process.poll() is None

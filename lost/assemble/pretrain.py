@@ -23,6 +23,7 @@ from lost.checkpoint import (
     RunLock,
     check_same,
     fixed_keys,
+    read_status,
     truncate_metrics,
     write_json_atomically,
     write_status,
@@ -262,14 +263,18 @@ def status_of_failures(run_dir: Path, runtime: Runtime, state: TrainState) -> It
     try:
         yield
     except BaseException as error:
-        # The first process may be the one that the others have lost.
-        if runtime.is_main or isinstance(error, LostProcessError):
-            reason = str(error) if isinstance(error, LostError) else f"{type(error).__name__}: {error}"
-            try:
+        try:
+            if runtime.is_main or (isinstance(error, LostProcessError) and not has_failed(run_dir)):
+                reason = str(error) if isinstance(error, LostError) else f"{type(error).__name__}: {error}"
                 write_status(run_dir, "failed", state.step, reason)
-            except LostError as second:
-                log.error("%s", second)
+        except LostError as second:
+            log.error("%s", second)
         raise
+
+
+def has_failed(run_dir: Path) -> bool:
+    """Whether the first process could say itself why the run failed: it is not always the one that was lost."""
+    return (read_status(run_dir) or {}).get("state") == "failed"
 
 
 def prepare_data(start: Start, runtime: Runtime) -> Prepared:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lost.assemble.resume import restore
-from lost.bench.fresh import meta_model_and_fill, num_rows_of
+from lost.bench.fresh import meta_model_and_fill, num_rows_of, random_ids
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import Timing, time_interleaved
 from lost.checkpoint import CheckpointManager
@@ -104,9 +104,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 def training_step(config: BenchConfig, engine: Engine, runtime: Runtime) -> Callable[[], None]:
     """A function that makes one update on random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (num_rows_of(config), config.seq_len)
-    ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(runtime.device)
+    ids = random_ids(config, runtime.device)
 
     def step() -> None:
         with engine.accumulating(is_last=True):

@@ -1,6 +1,7 @@
-"""A model with fresh weights and the size of its batch, for the benchmarks that train one."""
+"""A model with fresh weights and its batch, for the benchmarks that train one."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lost.config.schema import BenchConfig
@@ -19,6 +20,13 @@ def meta_model_and_fill(config: BenchConfig, runtime: Runtime) -> tuple[PreTrain
         initialise(model, config.parameterization, seed=0)
 
     return model, fill
+
+
+def random_ids(config: BenchConfig, device: torch.device) -> Tensor:
+    """The tokens of one training step, the same in every call, [rows, seq_len]."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_rows_of(config), config.seq_len)
+    return torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
 
 
 def num_rows_of(config: BenchConfig) -> int:

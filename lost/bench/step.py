@@ -7,6 +7,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from lost.bench.arms import REFERENCE, chosen, compile_blocks, flops_of, model_of, with_compiled
+from lost.bench.fresh import random_ids
 from lost.bench.peers import PEERS
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, time_interleaved
@@ -50,9 +51,7 @@ def bench_step(config: BenchConfig) -> BenchResult:
         return net
 
     models = with_compiled(config, make, names)
-    generator = torch.Generator().manual_seed(0)
-    shape = (config.num_tokens // config.seq_len, config.seq_len)
-    ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+    ids = random_ids(config, device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def loss_of(model: PreTrainedModel) -> torch.Tensor:
@@ -81,7 +80,7 @@ def bench_step(config: BenchConfig) -> BenchResult:
         flops = flops_of(config, name.partition(",")[0], config.model, config.num_tokens)
         arms[name] = Arm(timings[name], num_parameters, 0, flops=flops)
     peak = measure_matmul_tflops(device, torch.float32 if precision == "fp32" else torch.bfloat16) * 1e12
-    title = f"training step of {config.model.name}: {shape[0]} rows of {shape[1]} tokens"
+    title = f"training step of {config.model.name}: {ids.shape[0]} rows of {ids.shape[1]} tokens"
     num_threads = torch.get_num_threads()
     return BenchResult(
         config, title, config.num_tokens, device, precision, num_threads, arms, base=names[0], peak_flops=peak

@@ -27,7 +27,6 @@ def run(config: PretrainConfig) -> int:
             seq_len=config.train.seq_len,
             tokenizer=tokenizer,
             progress=bar.show,
-            verify_rows=True,
         )
     print("\n".join(report_lines(report)))
     return 0

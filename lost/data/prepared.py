@@ -42,7 +42,6 @@ def prepare(
     seq_len: int,
     tokenizer: Any = None,
     progress: ProgressCallable | None = None,
-    verify_rows: bool = False,
 ) -> Prepared:
     """Rows and tokenizer of a data set, from the cache where they are there.
 
@@ -54,11 +53,10 @@ def prepare(
         seq_len: tokens of a row.
         tokenizer: used instead of data.tokenizer=train.
         progress: called after every batch of documents.
-        verify_rows: compare rows that are there with their checksums; otherwise only sizes are.
     Raises:
         DataError: names what cannot be read, is damaged or too small, and the fix.
     """
-    sets = RowSets(data, vocab_size, seq_len, progress, verify_rows)
+    sets = RowSets(data, vocab_size, seq_len, progress)
     tokenizer = sets.choose_tokenizer(tokenizer, lambda folder: load_tokenizer(str(folder)))
     if is_streamed(data):
         validation = _opened(sets.validation_folders(), data)

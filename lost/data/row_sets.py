@@ -17,6 +17,7 @@ from lost.data.report import PrepareReport, Progress, ProgressCallable, SetRepor
 from lost.data.shards import MANIFEST_NAME, read_manifest, verify
 from lost.data.sources import Corpus, open_sources
 from lost.data.tokenizer import (
+    TOKENIZER_NAME,
     Encoder,
     TrainedTokenizer,
     check_vocabulary,
@@ -38,17 +39,17 @@ def make_rows(
     seq_len: int,
     tokenizer: Any = None,
     progress: ProgressCallable | None = None,
-    verify_rows: bool = False,
 ) -> PrepareReport:
     """Rows and tokenizer of a data set on disk, as `lost.data.prepare` makes and finds them, and nothing loaded.
 
+    Rows that are there are compared with their checksums.
+
     Args:
         vocab_size, seq_len, tokenizer, progress: as of `lost.data.prepare`.
-        verify_rows: compare rows that are there with their checksums; otherwise only sizes are.
     Raises:
         DataError: names what cannot be read, is damaged or too small, and the fix.
     """
-    sets = RowSets(data, vocab_size, seq_len, progress, verify_rows)
+    sets = RowSets(data, vocab_size, seq_len, progress, verify_rows=True)
     sets.choose_tokenizer(tokenizer, TrainedTokenizer)
     if not is_streamed(data):
         sets.train_folders()
@@ -133,7 +134,7 @@ class RowSets:
                 train_tokenizer(self._sample(), self.vocab_size, into)
 
         started = time.monotonic()
-        if made_once(folder, lambda found: (found / "tokenizer.json").is_file(), make):
+        if made_once(folder, lambda found: (found / TOKENIZER_NAME).is_file(), make):
             self.report.is_cached = False
             self.report.tokenizer_seconds = time.monotonic() - started
         self.report.tokenizer = str(folder)

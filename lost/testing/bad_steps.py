@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import lost.assemble.pretrain
 import lost.train.trainer
@@ -41,7 +42,7 @@ def carry_out_both(index: int, commands: list[tuple[list[str], list[str]]], bad:
         with _poisoned(bad if index else set()):
             statuses.append(lost_here(*with_bad))
         start_anew(index)
-        with _replaced(lost.assemble.pretrain, "batches_of", batches_without(bad)):
+        with patch.object(lost.assemble.pretrain, "batches_of", batches_without(bad)):
             statuses.append(lost_here(*without))
     return statuses
 
@@ -64,17 +65,7 @@ def _poisoned(bad: set[int]) -> Iterator[None]:
         return forward(*arguments) * factor
 
     with (
-        _replaced(lost.train.trainer, "train_step", counted_step),
-        _replaced(lost.train.trainer, "forward_loss_sum", poisoned_forward),
+        patch.object(lost.train.trainer, "train_step", counted_step),
+        patch.object(lost.train.trainer, "forward_loss_sum", poisoned_forward),
     ):
         yield
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,25 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without wall-clock and memory fields."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in WALL_CLOCK_FIELDS} for line in lines]
+
+
+def num_lines(run_dir: Path) -> int:
+    """Lines that a run has written into metrics.jsonl so far."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def children_of(process: int) -> list[int]:
+    """Process ids of what a running process has started (Linux)."""
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def wait_until(condition: Callable[[], object], seconds: float, told: Callable[[], object]) -> None:
+    """Returns as soon as the condition holds; fails with what `told` returns if that takes longer than `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, told()
+        time.sleep(0.001)
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -17,6 +17,7 @@ import torch
 
 from lost.checkpoint import CheckpointManager
 from lost.testing.disk import small_disk_at
+from lost.testing.runs import wait_until
 from lost.utils.errors import CheckpointError
 
 NUM_KILLS = 20
@@ -65,13 +66,6 @@ def newest_of(folder: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in folder.glob("step_*")), default=0)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "no checkpoint came within 120 s"
-        time.sleep(0.001)
-
-
 def test_a_checkpoint_survives_a_kill_at_any_moment(tmp_path):
     """After each of many kills: the newest checkpoint loads, is no older than before, and holds one step only."""
     folder = tmp_path / "checkpoints"
@@ -84,7 +78,7 @@ def test_a_checkpoint_survives_a_kill_at_any_moment(tmp_path):
         assert started.wait(120)
         # Some moments after so many more saves, however long those take here.
         wanted = newest_step + moments.randint(0, 2)
-        wait_until(lambda: newest_of(folder) >= wanted)  # noqa: B023
+        wait_until(lambda: newest_of(folder) >= wanted, 120, lambda: "no checkpoint came within 120 s")  # noqa: B023
         time.sleep(moments.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.join()

@@ -4,12 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from itertools import chain
 from pathlib import Path
 
 from lost.checkpoint import RunLock
-from lost.testing.runs import environment, read_metrics, tiny_run, write_corpus
+from lost.testing.runs import (
+    children_of,
+    environment,
+    num_lines,
+    read_metrics,
+    tiny_run,
+    wait_until,
+    write_corpus,
+)
 from lost.utils.errors import CheckpointError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
@@ -19,22 +26,11 @@ SHELL = ["sh", "-c", '"$@"; true', "sh", sys.executable]
 KEYS = ["train.max_steps=100000", "schedule=constant", "evaluation.every_steps=0"]
 
 
-def children(process: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
 def is_running(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_until(condition, seconds: float, log: Path) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.02)
 
 
 def is_free(run_dir: Path) -> bool:
@@ -44,11 +40,6 @@ def is_free(run_dir: Path) -> bool:
             return True
     except CheckpointError:
         return False
-
-
-def num_lines(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def test_workers_end_with_their_torchrun_and_a_run_without_one_does_not(tmp_path):
@@ -66,25 +57,25 @@ def test_workers_end_with_their_torchrun_and_a_run_without_one_does_not(tmp_path
                     stderr=subprocess.STDOUT,
                 )
         for name in started:
-            wait_until(lambda name=name: num_lines(tmp_path / name) > 3, 120, log)
-            workers[name] = children(started[name].pid)
+            wait_until(lambda name=name: num_lines(tmp_path / name) > 3, 120, log.read_text)
+            workers[name] = children_of(started[name].pid)
         assert [len(found) for found in workers.values()] == [1, 1]
         assert not is_free(tmp_path / "torchrun")
         for process in started.values():
             process.kill()
             process.wait()
-        wait_until(lambda: is_free(tmp_path / "torchrun"), 20, log)
+        wait_until(lambda: is_free(tmp_path / "torchrun"), 20, log.read_text)
         assert "is gone, so its processes end too" in log.read_text()
         assert not any(map(is_running, workers["torchrun"]))
         # Two polls later the one whose parent was a shell still trains.
         lines = num_lines(tmp_path / "shell")
-        wait_until(lambda: num_lines(tmp_path / "shell") > lines, 10, log)
+        wait_until(lambda: num_lines(tmp_path / "shell") > lines, 10, log.read_text)
         assert all(map(is_running, workers["shell"]))
         assert read_metrics(tmp_path / "shell")[-1]["step"] > 3
     finally:
         for name, process in started.items():
             if process.poll() is None:
-                workers[name] = children(process.pid)
+                workers[name] = children_of(process.pid)
                 process.kill()
         for index in filter(is_running, chain.from_iterable(workers.values())):
             os.kill(index, signal.SIGKILL)

@@ -14,6 +14,7 @@ import torch
 
 from lost.config.data import C4DataConfig, StdlibDataConfig, TextFilesDataConfig
 from lost.data import corpus_rows, files, prepare, prepare_validation, row_sets
+from lost.data.row_sets import make_rows
 from lost.testing.tiny import tiny_tokenizer
 from lost.utils.errors import DataError
 from lost.utils.files import cache_folder
@@ -116,14 +117,14 @@ def test_damage_is_an_error_with_a_way_out(tmp_path):
     data = TextFilesDataConfig(train_files=[write_jsonl(tmp_path / "a.jsonl", documents(300))])
     first = prepare(data, vocab_size=300, seq_len=32)
     folder = first.report.folders["train"]
-    checked = prepare(data, vocab_size=300, seq_len=32, verify_rows=True).report
+    checked = make_rows(data, vocab_size=300, seq_len=32)
     assert checked.verified_bytes == sum(path.stat().st_size for path in folder.parent.rglob("*.bin"))
     with open(folder / "tokens_00000.bin", "r+b") as file:
         file.seek(100)
         file.write(b"\xff")
     assert prepare(data, vocab_size=300, seq_len=32).report.is_cached
     with pytest.raises(DataError, match=r"tokens_00000.bin: prepared rows are damaged: expected sha256"):
-        prepare(data, vocab_size=300, seq_len=32, verify_rows=True)
+        make_rows(data, vocab_size=300, seq_len=32)
     with open(folder / "tokens_00000.bin", "r+b") as file:
         file.truncate(100)
     with pytest.raises(DataError, match=r"found 100\. Remove") as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lost.testing.forked import Forked
-from lost.testing.runs import lost_here, tiny_run, write_corpus
+from lost.testing.runs import lost_here, num_lines, tiny_run, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +18,6 @@ def corpus(tmp_path_factory) -> Path:
     keys = [key for key in tiny_run(corpus.parent / "run", corpus)[1:] if not key.startswith("run_dir")]
     assert lost_here("prepare", *keys) == 0
     return corpus
-
-
-def num_lines(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 @pytest.mark.parametrize(

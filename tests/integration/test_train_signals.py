@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from lost.testing.forked import Forked
-from lost.testing.runs import lost_here, read_metrics, tiny_run, write_corpus
+from lost.testing.runs import lost_here, num_lines, read_metrics, tiny_run, write_corpus
 
 KEYS = ["train.max_steps=80", "evaluation.every_steps=0", "checkpoint.every_steps=0"]
 
@@ -22,11 +22,6 @@ def unbroken(tmp_path_factory, corpus):
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
     assert lost_here(*tiny_run(run_dir, corpus, *KEYS)) == 0
     return run_dir
-
-
-def num_lines(run_dir):
-    path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 import lost.train.watch as watch_module
+from lost.testing.runs import wait_until
 from lost.train.state import TrainState
 from lost.train.watch import Watch, words_about_others
 from lost.utils.errors import LostProcessError
@@ -76,16 +77,10 @@ def test_a_step_that_takes_too_long_is_reported_once(monkeypatch):
     monkeypatch.setattr(watch_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
     store = dist.PrefixStore("lost_steps", dist.distributed_c10d._get_default_store())  # pyright: ignore
 
-    def wait_until(condition):
-        end = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < end, messages
-            time.sleep(0.001)
-
     def wait_for_beats():
         """Until a whole round of the watching thread lies behind us."""
         first = int(store.get("process_0").split()[1])
-        wait_until(lambda: int(store.get("process_0").split()[1]) >= first + 2)
+        wait_until(lambda: int(store.get("process_0").split()[1]) >= first + 2, 60, lambda: messages)
 
     with Watch(state, 0, 10, messages.append, beat_seconds=0.005) as watch:
         for _ in range(5):
@@ -94,7 +89,7 @@ def test_a_step_that_takes_too_long_is_reported_once(monkeypatch):
             watch.touch()
         assert messages == []
         now[0] += 9.6
-        wait_until(lambda: messages)
+        wait_until(lambda: messages, 60, lambda: messages)
         assert messages[0].startswith("process 0 has been in step 3 for 10 s: ")
         now[0] += 20
         wait_for_beats()
@@ -103,7 +98,7 @@ def test_a_step_that_takes_too_long_is_reported_once(monkeypatch):
         wait_for_beats()
         assert len(messages) == 1
         now[0] += 9.6
-        wait_until(lambda: len(messages) == 2)
+        wait_until(lambda: len(messages) == 2, 60, lambda: messages)
         assert messages[1].startswith("process 0 has been in step 4 for ")
 
 
