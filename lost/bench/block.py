@@ -6,16 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lost.bench.arms import REFERENCE, check_operators, chosen, dense_sizes, flops_of, model_of, with_compiled
+from lost.bench.arms import bytes_of, chosen, dense_sizes, lost_names, model_of, with_compiled, works_of_block
 from lost.bench.live_memory import LiveBytes
+from lost.bench.machine import measure_machine
 from lost.bench.peers import PEERS
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import time_interleaved
+from lost.bench.verify import autocast_of, verify_blocks
 from lost.config.schema import BenchConfig
-from lost.model.lost_linear import LostLinear
-from lost.train.runtime import measure_matmul_tflops, pick_device, pick_precision, set_num_threads
-
-NAMES = ["dense", *PEERS, REFERENCE, "lost", "lost p1", "lost p3"]
+from lost.train.runtime import pick_device, pick_precision, set_num_threads
 
 
 def bench_block(config: BenchConfig) -> BenchResult:
@@ -30,7 +29,7 @@ def bench_block(config: BenchConfig) -> BenchResult:
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
     # The smallest vocabulary: neither embedding nor head is run.
     model = replace(config.model, num_hidden_layers=1, vocab_size=2)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    autocast = autocast_of(precision, device)
     num_rows = max(1, config.num_tokens // config.seq_len)
     x = torch.randn(num_rows, config.seq_len, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
     d_y = torch.randn_like(x)
@@ -43,10 +42,9 @@ def bench_block(config: BenchConfig) -> BenchResult:
             block.compile()
         return block
 
-    blocks = with_compiled(config, make, chosen(config, NAMES, has_levels=True))
-    layers = [layer for block in blocks.values() for layer in block.modules() if isinstance(layer, LostLinear)]
-    for layer in layers[-1:]:
-        check_operators(layer, torch.randn(64, layer.in_features, device=device, dtype=dtype, requires_grad=True))
+    names = ["dense", *PEERS, *lost_names(device), "lost p1", "lost p3"]
+    blocks = with_compiled(config, make, chosen(config, names, device, has_levels=True))
+    verify_blocks(blocks.values(), precision)
 
     def forward(block: nn.Module) -> Tensor:
         with autocast:
@@ -58,19 +56,22 @@ def bench_block(config: BenchConfig) -> BenchResult:
 
     timings = time_interleaved({name: call(block) for name, block in blocks.items()}, config.repeats, device)
     num_tokens = num_rows * config.seq_len
+    value_bytes, _ = bytes_of(precision)
     arms = {}
     for name, block in blocks.items():
         kind = name.partition(",")[0]
         num_weights = sum(p.numel() for p in block.parameters())
         kept = 0 if name != kind else kept_bytes(lambda block=block: forward(block))
-        arms[name] = Arm(timings[name], num_weights, kept, flops=flops_of(config, kind, model, num_tokens))
-    peak = measure_matmul_tflops(device, torch.float32 if precision == "fp32" else torch.bfloat16) * 1e12
+        arms[name] = Arm(
+            timings[name], num_weights, kept, works=works_of_block(config, kind, model, num_tokens, value_bytes)
+        )
+    machine = measure_machine(device, torch.float32 if precision == "fp32" else torch.bfloat16)
     sizes = dense_sizes(model)
     title = f"block of {config.model.name}: {num_rows} rows of {config.seq_len} tokens, forward + backward"
     if sizes != model:
         title += f"; dense with intermediate_size {sizes.intermediate_size}"
     num_threads = torch.get_num_threads()
-    return BenchResult(config, title, num_tokens, device, precision, num_threads, arms, peak_flops=peak)
+    return BenchResult(config, title, num_tokens, device, precision, num_threads, arms, machine=machine)
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:

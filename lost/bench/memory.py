@@ -25,7 +25,7 @@ def bench_memory(config: BenchConfig) -> BenchResult:
     set_num_threads(config.runtime)
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
-    arms = {name: measured(config, name, device, precision) for name in chosen(config, NAMES, has_levels=True)}
+    arms = {name: measured(config, name, device, precision) for name in chosen(config, NAMES, device, has_levels=True)}
     num_rows = max(1, config.num_tokens // config.seq_len)
     title = f"memory of a training step of {config.model.name}: {num_rows} rows of {config.seq_len} tokens"
     num_threads = torch.get_num_threads()

@@ -70,7 +70,7 @@ class SLTrainFunction(torch.autograd.Function):
 def whole_weight(down: Tensor, up: Tensor, values: Tensor, places: Tensor) -> Tensor:
     """B A + S, [N, K]."""
     weight = up @ down
-    weight.view(-1).index_add_(0, places, values)
+    weight.view(-1).index_add_(0, places, values.to(weight.dtype))
     return weight
 
 
@@ -82,12 +82,6 @@ def peer_layer(name: str, in_features: int, out_features: int, rank: int, **fact
     if name == "sltrain":
         return SLTrain(in_features, out_features, rank, **factory)
     return LowRank(in_features, out_features, rank, has_activation=name == "cola", **factory)
-
-
-def peer_flops(name: str, in_features: int, out_features: int, rank: int, num_tokens: int) -> float:
-    """FLOPs of forward and backward of the layer's products; what SLTrain spends on W besides is overhead of it."""
-    macs = in_features * out_features if name in ("dense", "sltrain") else rank * (in_features + out_features)
-    return 6.0 * macs * num_tokens
 
 
 def swap_linears(module: nn.Module, name: str, rank: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lost.bench.limits import Machine, Work
 from lost.bench.timing import Timing, quantiles
 from lost.config.schema import BenchConfig
 from lost.config.section import to_dict
@@ -28,7 +29,8 @@ HISTORY_FIELDS = (
     "num_parameters",
     "saved_activation_bytes",
     "peak_bytes",
-    "share_of_peak_flops",
+    "limit_seconds",
+    "fraction_of_limit",
 )
 
 
@@ -37,14 +39,14 @@ class Arm:
     """One way of doing the same work.
 
     saved_bytes are kept between forward and backward, peak_bytes lived together in one call with all that outlives it;
-    flops are those of the products of one call. 0: not counted.
+    works are the kernels that one call cannot do without (`lost.bench.limits`). 0, none: not counted.
     """
 
     timing: Timing
     num_parameters: int
     saved_bytes: int
     peak_bytes: int = 0
-    flops: float = 0.0
+    works: tuple[Work, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,16 @@ class BenchResult:
     base: str = "dense"
     more_facts: dict[str, Any] = field(default_factory=dict)
     remark: str = ""
-    # FLOP/s of one large matrix product in this run, which the arms are compared with; 0: not measured.
-    peak_flops: float = 0.0
+    # What the machine reached in this run, for the limits of the arms; None: not measured.
+    machine: Machine | None = None
 
-    def share_of_peak(self, name: str) -> float:
-        """FLOP/s of the arm's products over those of one large product."""
-        arm = self.arms[name]
-        return arm.flops / arm.timing.median / self.peak_flops if self.peak_flops else 0.0
+    def limit_seconds(self, name: str) -> float:
+        """The least time that this machine needs for the arm's works; 0: not known."""
+        return self.machine.least_seconds(self.arms[name].works) if self.machine else 0.0
+
+    def fraction_of_limit(self, name: str) -> float:
+        """That least time over the arm's median."""
+        return self.limit_seconds(name) / self.arms[name].timing.median
 
     def ratio_to_base(self, name: str) -> float:
         """Median over the rounds of: time over that of `base` in the same round."""
@@ -86,6 +91,7 @@ class BenchResult:
             "device": self.device.type,
             "precision": self.precision,
             "num_threads": self.num_threads,
+            **(self.machine._asdict() if self.machine else {}),
             "arms": {name: self._arm_facts(name) for name in self.arms},
             **self.more_facts,
             "config": to_dict(self.config),
@@ -104,8 +110,9 @@ class BenchResult:
             "num_parameters": arm.num_parameters,
             "saved_activation_bytes": arm.saved_bytes,
             "peak_bytes": arm.peak_bytes,
-            "flops": arm.flops,
-            "share_of_peak_flops": self.share_of_peak(name),
+            "flops": sum(work.flops for work in arm.works),
+            "limit_seconds": self.limit_seconds(name),
+            "fraction_of_limit": self.fraction_of_limit(name),
             "seconds": arm.timing.seconds,
         }
 
@@ -113,17 +120,17 @@ class BenchResult:
         """One row an arm; tokens/s and saved activations where they mean something."""
         has_saved = any(arm.saved_bytes for arm in self.arms.values())
         has_peak = any(arm.peak_bytes for arm in self.arms.values())
-        has_flops = bool(self.peak_flops) and any(arm.flops for arm in self.arms.values())
+        has_limit = any(self.limit_seconds(name) for name in self.arms)
         caption = (
             f"{self.device.type}, {self.precision}, {self.num_threads} CPU threads; median and 20-80 % of"
             f" {self.config.repeats} interleaved rounds."
             + has_saved * " Saved: kept for the backward pass."
-            + has_flops * " FLOP/s: of the products, over those of one large product in the same run."
+            + self._limit_words()
         )
         table = Table(title=self.title, caption=caption)
         table.add_column("", no_wrap=True)
         heads = ["ms", f"/ {self.base}", "20-80 %", *["tokens/s"] * bool(self.num_tokens), "M params"]
-        for head in heads + ["FLOP/s %"] * has_flops + ["saved MiB"] * has_saved + ["peak MiB"] * has_peak:
+        for head in heads + ["limit %"] * has_limit + ["saved MiB"] * has_saved + ["peak MiB"] * has_peak:
             table.add_column(head, justify="right", no_wrap=True)
         for name, arm in self.arms.items():
             low_ratio, high_ratio = quantiles(arm.timing.ratios_to(self.arms[self.base].timing))
@@ -133,7 +140,7 @@ class BenchResult:
                 f"{low_ratio:.2f}-{high_ratio:.2f}",
                 *[f"{self.num_tokens / arm.timing.median:,.0f}"] * bool(self.num_tokens),
                 f"{arm.num_parameters / 1e6:.2f}",
-                *[f"{100 * self.share_of_peak(name):.0f}"] * has_flops,
+                *[f"{100 * self.fraction_of_limit(name):.0f}"] * has_limit,
                 *[f"{arm.saved_bytes / 2**20:.1f}"] * has_saved,
                 *[f"{arm.peak_bytes / 2**20:.1f}"] * has_peak,
             ]
@@ -162,10 +169,22 @@ class BenchResult:
             path.with_suffix(".png"),
             self.title,
             f"time over {self.base}, with 20-80 %",
-            {name: (self.ratio_to_base(name), *self._spread(name)) for name in self.arms},
+            {self._label(name): (self.ratio_to_base(name), *self._spread(name)) for name in self.arms},
         )
         Console().print(f"written: {path}, with .png, and a line an arm in .csv", highlight=False)
         return path
+
+    def _limit_words(self) -> str:
+        if not self.machine:
+            return ""
+        speeds = (
+            f"{self.machine.flops_per_second / 1e12:.3g} TFLOP/s and {self.machine.bytes_per_second / 1e9:.3g} GB/s"
+        )
+        return f" Limit: the least time of the products and of the passes between them at {speeds}, over the median."
+
+    def _label(self, name: str) -> str:
+        """The arm's name in a picture."""
+        return f"{name} ({self.fraction_of_limit(name):.0%} of limit)" if self.limit_seconds(name) else name
 
     def _spread(self, name: str) -> tuple[float, float]:
         return quantiles(self.arms[name].timing.ratios_to(self.arms[self.base].timing))
@@ -185,13 +204,28 @@ class BenchResult:
             "precision": self.precision,
             "title": self.title,
         }
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*same, "arm", *HISTORY_FIELDS])
-            if is_new:
-                writer.writeheader()
-            for name in self.arms:
-                arm = facts["arms"][name]
-                low, high = arm["spread_of_time_over_base"]
-                values = arm | {"time_over_base_20": low, "time_over_base_80": high}
-                writer.writerow(same | {"arm": name} | {field: values[field] for field in HISTORY_FIELDS})
+        rows = []
+        for name in self.arms:
+            arm = facts["arms"][name]
+            low, high = arm["spread_of_time_over_base"]
+            values = arm | {"time_over_base_20": low, "time_over_base_80": high}
+            rows.append(same | {"arm": name} | {field: values[field] for field in HISTORY_FIELDS})
+        add_rows(path, rows)
+
+
+def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds lines to a CSV file; columns that it lacks are put after its own, empty in its older lines."""
+    present, older = [], []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            older = list(reader)
+            present = list(reader.fieldnames or [])
+    fields = present + [field for field in rows[0] if field not in present]
+    is_same_head = fields == present
+    with path.open("a" if is_same_head else "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, restval="")
+        if not is_same_head:
+            writer.writeheader()
+            writer.writerows(older)
+        writer.writerows(rows)

@@ -6,16 +6,18 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from lost.bench.arms import REFERENCE, chosen, compile_blocks, flops_of, model_of, with_compiled
+from lost.bench.arms import REFERENCE, bytes_of, chosen, compile_blocks, model_of, with_compiled, works_of_step
 from lost.bench.fresh import random_ids
+from lost.bench.machine import measure_machine
 from lost.bench.peers import PEERS
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import NUM_WARMUP_ROUNDS, time_interleaved
+from lost.bench.verify import autocast_of, verify_blocks, verify_loss
 from lost.config.schema import BenchConfig
 from lost.config.training import AdamWConfig
 from lost.train.loss import model_loss_sum
 from lost.train.optim import build_optimizer
-from lost.train.runtime import measure_matmul_tflops, pick_device, pick_precision, set_num_threads
+from lost.train.runtime import pick_device, pick_precision, set_num_threads
 from lost.utils.errors import ConfigError
 
 
@@ -24,6 +26,7 @@ def bench_step(config: BenchConfig) -> BenchResult:
 
     Raises:
         ConfigError: num_tokens is no multiple of seq_len, or a row is longer than the model takes.
+        TrainingError: the operators of a LOST layer or of the loss are wrong here.
     """
     if config.num_tokens % config.seq_len:
         raise ConfigError(
@@ -38,11 +41,8 @@ def bench_step(config: BenchConfig) -> BenchResult:
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
-    names = chosen(
-        config, [f"dense {config.recompute}", *PEERS, REFERENCE, f"lost {config.recompute}"], has_levels=True
-    )
-    if not config.arms:
-        names = [name for name in names if name not in PEERS]
+    usual = [f"dense {config.recompute}", REFERENCE, f"lost {config.recompute}"]
+    names = chosen(config, usual, device, more=PEERS, has_levels=True)
 
     def make(name: str, is_compiled: bool) -> PreTrainedModel:
         net = model_of(config, name, config.model, device, dtype)
@@ -52,7 +52,9 @@ def bench_step(config: BenchConfig) -> BenchResult:
 
     models = with_compiled(config, make, names)
     ids = random_ids(config, device)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    verify_blocks([model.model.layers[0] for model in models.values()], precision)
+    verify_loss(models[names[0]].lm_head, precision)
+    autocast = autocast_of(precision, device)
 
     def loss_of(model: PreTrainedModel) -> torch.Tensor:
         with autocast:
@@ -77,11 +79,11 @@ def bench_step(config: BenchConfig) -> BenchResult:
     arms = {}
     for name, model in models.items():
         num_parameters = sum(p.numel() for p in model.parameters())
-        flops = flops_of(config, name.partition(",")[0], config.model, config.num_tokens)
-        arms[name] = Arm(timings[name], num_parameters, 0, flops=flops)
-    peak = measure_matmul_tflops(device, torch.float32 if precision == "fp32" else torch.bfloat16) * 1e12
+        works = works_of_step(config, name, config.model, config.num_tokens, *bytes_of(precision))
+        arms[name] = Arm(timings[name], num_parameters, 0, works=works)
+    machine = measure_machine(device, torch.float32 if precision == "fp32" else torch.bfloat16)
     title = f"training step of {config.model.name}: {ids.shape[0]} rows of {ids.shape[1]} tokens"
     num_threads = torch.get_num_threads()
     return BenchResult(
-        config, title, config.num_tokens, device, precision, num_threads, arms, base=names[0], peak_flops=peak
+        config, title, config.num_tokens, device, precision, num_threads, arms, base=names[0], machine=machine
     )

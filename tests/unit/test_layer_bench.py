@@ -118,8 +118,7 @@ def test_step_trains_both_arms(tmp_path, precision):
     result = run(tiny(what="step", runtime=DeviceConfig(device="cpu", precision=precision), to=str(tmp_path)))
     assert list(result.arms) == ["dense p1", "lost reference", "lost p1"]
     assert result.arms["lost p1"].num_parameters < result.arms["dense p1"].num_parameters
-    assert result.arms["lost p1"].flops < result.arms["dense p1"].flops
-    assert all(0 < result.share_of_peak(name) < 2 for name in result.arms)
+    assert result.limit_seconds("lost p1") < result.limit_seconds("dense p1")
     assert json.loads((tmp_path / "bench_step.json").read_text())["precision"] == precision
 
 
