@@ -20,6 +20,8 @@ Precision = Literal["fp32", "bf16", "pure_bf16"]
 Recompute = Literal["none", "p0", "p1", "p2", "p3", "block"]
 # Levels of which a block keeps single tensors and makes the others again (`lost.train.recompute`).
 LEVELS = ("p0", "p1", "p2", "p3")
+# Those of them at which only norms and the MLP's product make values again (`lost.train.remake`).
+REMADE_LEVELS = ("p0", "p1")
 # As in lost_kernels.cross_entropy on a GPU, which needs torch and is not imported here.
 LOSS_CHUNK_TOKENS = 4096
 
@@ -96,36 +98,39 @@ def block_activation_bytes(
     if recompute in LEVELS:
         return _level_bytes(model, costs, precision, recompute)
     width = WIDTHS[precision]
-    key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
     # The float32 input of a norm, what it multiplies with its weight, and the root of the mean square.
     norms = 2 * (model.hidden_size * (FLOAT32_BYTES + width.weight) + FLOAT32_BYTES)
     # The two norms' outputs are shared by the layers that read them, but autocast makes copies for each of the five.
     readers = [cost for cost in costs if not cost.linear.name.endswith(("o_proj", "down_proj"))]
     num_inputs = sum_of(readers, "num_input_casts") if width.is_autocast else 2
     inputs = num_inputs * model.hidden_size * width.compute
-    # Rotated queries and keys, values, the output, and the log of the softmax's sum.
-    attention = 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
     # gate, silu(gate), up and their product.
     mlp = 4 * model.intermediate_size * width.compute
-    saved_values = sum_of(costs, "saved_values")
-    layers = saved_values * width.compute + sum_of(costs, "saved_float32") * FLOAT32_BYTES
-    return norms + inputs + attention + mlp + layers
+    return norms + inputs + mlp + _attention_and_layer_bytes(model, costs, width)
+
+
+def _attention_and_layer_bytes(model: ModelConfig, costs: list[LinearCost], width: Widths) -> int:
+    key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
+    # Rotated queries and keys, values, the output, and the log of the softmax's sum.
+    attention = 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
+    return attention + sum_of(costs, "saved_values") * width.compute + sum_of(costs, "saved_float32") * FLOAT32_BYTES
 
 
 def _level_bytes(model: ModelConfig, costs: list[LinearCost], precision: Precision, recompute: Recompute) -> int:
     """`block_activation_bytes` of a level: what lost.train.recompute names, and the block's input."""
     width = WIDTHS[precision]
-    level = LEVELS.index(recompute)
-    key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
+    if recompute in REMADE_LEVELS:
+        # The inputs of the two norms, gate and up.
+        kept = 2 * model.hidden_size * width.weight + 2 * model.intermediate_size * width.compute
+        # What the layers behind norms and product read.
+        read = (2 * model.hidden_size + model.intermediate_size) * width.compute if recompute == "p0" else 0
+        return kept + read + _attention_and_layer_bytes(model, costs, width)
     # The input is in the dtype of the residuals, o_proj's output and what the down factors give in that of products.
     kept = model.hidden_size * (width.weight + width.compute) + sum_of(costs, "low_rank_values") * width.compute
-    if recompute != "p3":
-        kept += 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
-    if level <= LEVELS.index("p1"):
-        kept += 2 * model.intermediate_size * width.compute
-    if recompute == "p0":
-        kept += 2 * model.hidden_size * width.weight + model.intermediate_size * width.compute
-    return kept
+    if recompute == "p3":
+        return kept
+    key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
+    return kept + 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
 
 
 def activation_bytes_per_token(
@@ -195,10 +200,12 @@ def _block_backward_bytes(
     """Gradients inside one block, its largest weight's before it is added, and what of the block is made again."""
     width = WIDTHS[precision]
     largest = max(cost.num_parameters for cost in linear_costs(model, parameterization)[:-1]) * width.weight
-    if recompute == "none":
+    if recompute == "none" or recompute in REMADE_LEVELS:
         casts = _cast_bytes(linear_costs(model, parameterization)[:-1], precision)
-        # What lives together beside the block's activations, from the order of autograd's operations.
-        gradients = (3 * model.intermediate_size + 2 * model.hidden_size) * width.compute
+        # What lives together beside the block's activations, from the order of autograd's operations. Of a level,
+        # the remade silu(gate) too.
+        num_products = 3 if recompute == "none" else 4
+        gradients = (num_products * model.intermediate_size + 2 * model.hidden_size) * width.compute
         return largest + casts + tokens * gradients
     # The first gradient is that of the MLP's product, when all has been made again beside what was kept.
     per_token = model.intermediate_size * width.compute

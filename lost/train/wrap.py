@@ -4,13 +4,23 @@ from torch import nn
 
 from lost.model.lost_linear import LostLinear
 from lost.train.recompute import LEVELS, checkpoint_selectively, llama_blocks
+from lost.train.remake import REMADE_LEVELS, remake_pointwise
 
 
-def set_recompute(model: nn.Module, recompute: str) -> None:
-    """Makes the backward pass of `model` compute again what runtime.recompute says (`lost.train.recompute`)."""
+def set_recompute(model: nn.Module, recompute: str, *, is_traced: bool = False) -> None:
+    """Makes the backward pass of `model` compute again what runtime.recompute says (`lost.train.recompute`).
+
+    Args:
+        recompute: none, block or one of LEVELS.
+        is_traced: blocks are compiled, or parameters are brought by hooks of modules (ZeRO-3): levels are then a matter
+            of operators in every case.
+    """
     if recompute in LEVELS:
         for block in llama_blocks(model):
-            checkpoint_selectively(block, recompute)
+            if recompute in REMADE_LEVELS and not is_traced:
+                remake_pointwise(block, recompute)
+            else:
+                checkpoint_selectively(block, recompute)
     elif recompute == "block":
         # transformers renamed it; 5.17 has the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -3,66 +3,103 @@
 import pytest
 import torch
 from lost_kernels.lost_linear import LostWeights, lost_group, reference_lost_linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lost.testing.lost_groups import IN_FEATURES, KINDS, SIZES, assert_same, case, model_gradients
 from lost.testing.numerics import assert_close, relative_rms_error
 from lost.testing.processes import run_processes
 
 
+class Looking(TorchDispatchMode):
+    """Sees every operator and changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def by_operators(x, members, activation):
+    """`lost_group` as whoever looks at operators finds it; otherwise they are not called."""
+    with Looking() as looking:
+        ys = lost_group(x, members, activation)
+    assert {"lost::group_down", "lost::group_up"} <= looking.names
+    return ys
+
+
+WAYS = {"directly": lost_group, "by operators": by_operators}
+both_ways = pytest.mark.parametrize("function", WAYS.values(), ids=WAYS)
+
+
+@both_ways
 @pytest.mark.parametrize("num_members", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "identity", "gelu", "relu"])
-def test_a_group_is_its_members_one_by_one(num_members, kind, has_bias, activation):
+def test_a_group_is_its_members_one_by_one(function, num_members, kind, has_bias, activation):
     given = case(SIZES[:num_members], kind, has_bias=has_bias, activation=activation)
-    assert_same(given.outputs(lost_group), given.outputs(), "float64")
+    assert_same(given.outputs(function), given.outputs(), "float64")
 
 
+@both_ways
 @pytest.mark.parametrize("sizes", [((5, 0, 11), (4, 0, 7)), ((5, 13, 1), (13, 1, 3)), ((1, 1, 1), (1, 1, 1))])
-def test_no_sparse_block_at_all_all_channels_and_one_of_each(sizes):
+def test_no_sparse_block_at_all_all_channels_and_one_of_each(function, sizes):
     given = case(sizes)
-    assert_same(given.outputs(lost_group), given.outputs(), "float64")
+    assert_same(given.outputs(function), given.outputs(), "float64")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_both_ways_give_the_same_bits(dtype):
+    given = case(kind="learnable", shape=(3, 17)).cast(dtype)
+    directly, by_operator = given.outputs(lost_group), given.outputs(by_operators)
+    assert all(torch.equal(value, by_operator[name]) for name, value in directly.items())
+
+
+@both_ways
 @pytest.mark.parametrize("activation", ["silu", "identity"])
 @pytest.mark.parametrize("num_members", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(activation, num_members, kind):
+def test_gradcheck(function, activation, num_members, kind):
     given = case(SIZES[:num_members], kind, activation=activation, shape=(2,))
     names = list(given.leaves)
 
-    def function(*values):
+    def from_values(*values):
         by_name = dict(zip(names, values, strict=True))
         members = [
             LostWeights(*(by_name.get(f"{name} {number}", value) for name, value in member._asdict().items()))
             for number, member in enumerate(given.members)
         ]
-        return tuple(lost_group(by_name["x"], members, activation))
+        return tuple(function(by_name["x"], members, activation))
 
-    assert torch.autograd.gradcheck(function, list(given.leaves.values()), fast_mode=num_members > 1)
+    assert torch.autograd.gradcheck(from_values, list(given.leaves.values()), fast_mode=num_members > 1)
 
 
+@both_ways
 @pytest.mark.parametrize("needed", ["x", "low_rank_down 1", "low_rank_up 0", "sparse_weight 2", "gamma 2", "bias 1"])
-def test_one_gradient_alone(needed):
+def test_one_gradient_alone(function, needed):
     given = case(kind="learnable")
     expected = given.outputs()[needed]
     for name, leaf in given.leaves.items():
         leaf.requires_grad_(name == needed)
     total = 0
     generator = torch.Generator().manual_seed(9)
-    for y in lost_group(given.x, given.members, "silu"):
+    for y in function(given.x, given.members, "silu"):
         total = total + (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum()
     total.backward()
     assert_close(given.leaves[needed].grad, expected, "float64", needed)
     assert [name for name, leaf in given.leaves.items() if leaf.grad is not None] == [needed]
 
 
-def test_an_output_that_nobody_uses():
+@both_ways
+def test_an_output_that_nobody_uses(function):
     given = case()
     ours, expected = (
         torch.autograd.grad(ys[0].sum() + ys[2].square().sum(), given.x)[0]
         for ys in (
-            lost_group(given.x, given.members, "silu"),
+            function(given.x, given.members, "silu"),
             [reference_lost_linear(given.x, *m[:5], "silu", m.bias) for m in given.members],
         )
     )
@@ -107,11 +144,11 @@ def test_compiles_whole_for_any_number_of_rows(backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_autocast_gives_bfloat16_outside_and_float32_gradients(kind, is_compiled):
+@pytest.mark.parametrize("way", [*WAYS, "compiled"])
+def test_autocast_gives_bfloat16_outside_and_float32_gradients(kind, way):
     torch._dynamo.reset()
     given = case(kind=kind, shape=(100,)).cast(torch.float32)
-    function = torch.compile(lost_group, fullgraph=True, backend="aot_eager") if is_compiled else lost_group
+    function = WAYS.get(way) or torch.compile(lost_group, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = given.outputs(function)
     assert {value.dtype for name, value in ours.items() if name[0] == "y"} == {torch.bfloat16}
@@ -126,22 +163,24 @@ def test_autocast_gives_bfloat16_outside_and_float32_gradients(kind, is_compiled
     )
 
 
-def test_autocast_does_not_round_gamma():
+@both_ways
+def test_autocast_does_not_round_gamma(function):
     """0.7 times 248 is 173.6, which is 174 in bfloat16; with gamma in bfloat16, 0.69921875, it would be 173."""
     weights = LostWeights(torch.eye(4), torch.eye(4), None, None, torch.tensor([0.7]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (y,) = lost_group(torch.full((1, 4), 248.0), [weights], "identity")
-        (rounded,) = lost_group(
+        (y,) = function(torch.full((1, 4), 248.0), [weights], "identity")
+        (rounded,) = function(
             torch.full((1, 4), 248.0), [weights._replace(gamma=torch.tensor([0.69921875]))], "identity"
         )
     assert y.unique().tolist() == [174.0]
     assert rounded.unique().tolist() == [173.0]
 
 
-def test_autocast_leaves_float64_alone():
+@both_ways
+def test_autocast_leaves_float64_alone(function):
     given = case()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert {y.dtype for y in lost_group(given.x, given.members, "silu")} == {torch.float64}
+        assert {y.dtype for y in function(given.x, given.members, "silu")} == {torch.float64}
 
 
 def test_gradients_are_the_same_bits_in_every_run():

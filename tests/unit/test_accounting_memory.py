@@ -136,7 +136,11 @@ def test_a_block_that_is_made_again_keeps_what_is_counted(form, precision, recom
     model = narrow()
     net = build_model(model, form, seed=0, dtype=dtype_of(precision)).train()
     set_recompute(net, recompute)
-    counted = block_activation_bytes(model, linear_costs(model, form)[:7], precision, recompute)
+    costs = linear_costs(model, form)[:7]
+    counted = block_activation_bytes(model, costs, precision, recompute)
+    if precision == "bf16" and recompute in ("p0", "p1"):
+        # Autocast's copies of weights in bfloat16, which the plan counts with the work of the step.
+        counted += 2 * sum(cost.num_cast_weights for cost in costs) / (NUM_ROWS * SEQ_LEN)
     assert counted == pytest.approx(bytes_kept_by(net, autocast(precision), NUM_ROWS, SEQ_LEN), rel=0.03)
 
 

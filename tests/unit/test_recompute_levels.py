@@ -15,8 +15,10 @@ from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model import build_model
 from lost.model.build import build_meta_model, empty_model
 from lost.model.lost_linear import LostLinear
+from lost.testing.numerics import relative_rms_error
 from lost.testing.runs import losses, lost_here, tiny_run, write_corpus
 from lost.train.recompute import LEVELS
+from lost.train.remake import REMADE_LEVELS
 from lost.train.wrap import set_kernels, set_recompute
 
 # kB a token and block in bfloat16. Counted by hand: residuals, h, q, k, v, attention, gate, up (p1), and so on.
@@ -60,13 +62,14 @@ def small(**changes) -> ModelConfig:
     return ModelConfig(**{**sizes, **changes})
 
 
+@pytest.mark.parametrize("is_traced", [False, True])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_block_keeps_what_was_published(name):
+def test_a_block_keeps_what_was_published(name, is_traced):
     model = replace(packaged_model(name), num_hidden_layers=1, vocab_size=64)
-    net = without_values(model, torch.bfloat16)
     measured = {}
     for level, published in PUBLISHED[name].items():
-        set_recompute(net, level)
+        net = without_values(model, torch.bfloat16)
+        set_recompute(net, level, is_traced=is_traced)
         measured[level] = bytes_kept_by(net, PLAIN, 1, 64) / 1000
         assert measured[level] == pytest.approx(published, rel=0.1), level
     # Negative control: neighbours are further apart than the tolerance.
@@ -86,9 +89,9 @@ def test_the_plan_is_what_is_measured(name, precision):
     state = state_bytes(whole, form, precision)
     assert state.total - state.buffers == 4 * weights
     model = replace(whole, num_hidden_layers=1, vocab_size=64)
-    net = without_values(model, dtype)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     for level in ["p0", "p1", "p2", "p3"]:
+        net = without_values(model, dtype)
         set_recompute(net, level)
         planned = block_activation_bytes(model, linear_costs(model, form)[:7], precision, level)
         assert planned == pytest.approx(bytes_kept_by(net, autocast, 1, 64), rel=0.1), level
@@ -97,7 +100,7 @@ def test_the_plan_is_what_is_measured(name, precision):
 def gradients(model: ModelConfig, form, level: str, *, kernels: str = "auto", is_compiled: bool = False, **options):
     net = build_model(model, form, seed=0, dtype=options.get("dtype", torch.float64)).train()
     set_kernels(net, kernels)
-    set_recompute(net, level)
+    set_recompute(net, level, is_traced=is_compiled or options.get("is_traced", False))
     if is_compiled:
         torch.compiler.reset()
         for block in net.model.layers:
@@ -111,20 +114,28 @@ def gradients(model: ModelConfig, form, level: str, *, kernels: str = "auto", is
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("form", OWN_FORMS.values(), ids=OWN_FORMS)
+@pytest.mark.parametrize("is_traced", [False, True])
 @pytest.mark.parametrize("level", [*LEVELS, "block"])
-def test_gradients_are_those_without(level, form, kernels):
+def test_gradients_are_those_without(level, is_traced, form, kernels):
     plain = gradients(small(), form, "none", kernels=kernels)
-    again = gradients(small(), form, level, kernels=kernels)
+    again = gradients(small(), form, level, kernels=kernels, is_traced=is_traced)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 @pytest.mark.parametrize("form", [OWN_FORMS["lost"], OWN_FORMS["dense"]], ids=["lost", "dense"])
+@pytest.mark.parametrize("is_traced", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
-def test_gradients_under_autocast_are_those_without(level, form):
+def test_gradients_under_autocast_are_those_without(level, is_traced, form):
     options = {"dtype": torch.float32, "is_autocast": True}
     plain = gradients(small(), form, "none", **options)
-    again = gradients(small(), form, level, **options)
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    again = gradients(small(), form, level, **options, is_traced=is_traced)
+    if is_traced or level not in REMADE_LEVELS:
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+        return
+    # Sums of a residual's gradient have another order; those of three or two dense layers' are taken in bfloat16.
+    limit = 1e-6 if isinstance(form, LostConfig) else 1e-2
+    for name, value in again.items():
+        assert relative_rms_error(value, plain[name]) < limit, name
 
 
 @pytest.mark.parametrize(("form", "level"), [("lost", "p1"), ("lost", "p3"), ("dense", "p1")])
@@ -142,5 +153,6 @@ def test_losses_of_a_run_are_those_without(tmp_path):
         keys = tiny_run(tmp_path / level, corpus, "train.max_steps=6", "evaluation.every_steps=0")
         assert lost_here(*keys, f"runtime.recompute={level}") == 0
         found[level] = losses(tmp_path / level)
-    assert found["p1"] == found["none"]
+    # Sums of a residual's gradient have another order.
+    assert found["p1"] == pytest.approx(found["none"], rel=1e-6)
     assert found["p3"] == found["none"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lost_kernels.lost_linear.direct import call_directly, operators_are_seen
 from lost_kernels.lost_linear.op import group_down, group_up
 from lost_kernels.lost_linear.reference import ACTIVATIONS
 from lost_kernels.lost_linear.reference import lost_linear as reference_lost_linear
@@ -88,12 +89,9 @@ def lost_group(x: Tensor, members: Sequence[LostWeights], activation: str, *, ke
     gammas = [member.gamma for member in members]
     sparse = [(m.sparse_weight, m.sparse_index) for m in members]
     present = [(weight, index) for weight, index in sparse if weight is not None and index is not None]
-    h, kept = group_down(
-        x.reshape(-1, x.shape[-1]), [m.low_rank_down for m in members], [index for _, index in present], kernels
-    )
-    ys = group_up(
-        h,
-        kept,
+    rows = x.reshape(-1, x.shape[-1])
+    downs, indices = [m.low_rank_down for m in members], [index for _, index in present]
+    rest = (
         [m.low_rank_up for m in members],
         [weight for weight, _ in present],
         [gamma for gamma in gammas if isinstance(gamma, Tensor)],
@@ -103,4 +101,8 @@ def lost_group(x: Tensor, members: Sequence[LostWeights], activation: str, *, ke
         activation,
         kernels,
     )
+    if operators_are_seen():
+        ys = group_up(*group_down(rows, downs, indices, kernels), *rest)
+    else:
+        ys = call_directly(rows, downs, indices, *rest)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]

@@ -3,7 +3,9 @@
 A group are G LOST layers that read the same x. Shapes: M rows, R_g and S_g low-rank and kept channels of member g.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 from torch import Tensor
@@ -33,9 +35,17 @@ def padded(width: int) -> int:
     return width + -width % WIDTH_MULTIPLE
 
 
-def parts_of(ups: list[Tensor], num_kept: list[int]) -> list[Part]:
+def parts_of(ups: Sequence[Tensor], num_kept: Sequence[int]) -> Sequence[Part]:
     """The members of the group whose up factors, [N_g, R_g], and numbers of kept channels are given."""
-    ranks = [up.shape[1] for up in ups]
+    return _parts([up.shape[1] for up in ups], num_kept)
+
+
+def known_parts_of(ups: Sequence[Tensor], num_kept: Sequence[int]) -> Sequence[Part]:
+    """`parts_of`, remembered; not while tracing, where sizes may be symbols."""
+    return _known_parts(tuple(up.shape[1] for up in ups), tuple(num_kept))
+
+
+def _parts(ranks: Sequence[int], num_kept: Sequence[int]) -> Sequence[Part]:
     widths = [padded(rank + kept) for rank, kept in zip(ranks, num_kept, strict=True)]
     return [
         Part(*columns)
@@ -43,5 +53,8 @@ def parts_of(ups: list[Tensor], num_kept: list[int]) -> list[Part]:
     ]
 
 
-def _starts(sizes: list[int]) -> list[int]:
+_known_parts = cache(_parts)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
     return [0, *accumulate(sizes)][:-1]

@@ -1,10 +1,7 @@
 """The two operators of a group of LOST layers that read one x: `lost::group_down` and `lost::group_up`.
 
-Opaque to compilers and to recomputation: what lies between forward and backward is x, h and the kept columns.
-h = x [A_1; A_2; ..]^T, kept = x[:, I_g] side by side, z_g = [gamma act(h_g) | (1 - gamma) kept_g | 0],
-y_g = z_g [B_g | W_s,g | 0]^T.
-
-Shapes: M rows, K in_features, N_g out_features, R_g low-rank and S_g kept channels of member g.
+Opaque to compilers and to recomputation: what lies between forward and backward is x, h and the kept columns
+(`lost_kernels.lost_linear.group`).
 """
 
 from typing import Any
@@ -13,56 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lost_kernels.lost_linear import torch_impl
-from lost_kernels.lost_linear.layout import Part, parts_of
+from lost_kernels.lost_linear import group
+from lost_kernels.lost_linear.layout import parts_of
 
-KERNELS = ("grouped", "triton")
-
-
-@torch.library.custom_op("lost::group_down", mutates_args=())
-def group_down(
-    x: Tensor,
-    downs: list[Tensor],
-    indices: list[Tensor],
-    kernels: str,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    """h, [M, sum R_g], and the kept columns of x, [M, sum S_g], unscaled; both in the dtype of x.
-
-    Args:
-        x: [M, K].
-        downs: A_g, [R_g, K].
-        indices: I_g, int64 [S_g], each channel once; of the members that have a sparse block.
-        kernels: grouped (plain torch) or triton (CUDA), for what is no matrix product.
-    """
-    return x @ torch_impl.joined_downs(downs, x.dtype).T, torch_impl.kept_columns(x, indices)
+group_down = torch.library.custom_op("lost::group_down", group.down, mutates_args=())
+group_down_backward = torch.library.custom_op("lost::group_down_backward", group.down_backward, mutates_args=())
+group_up = torch.library.custom_op("lost::group_up", group.up, mutates_args=())
+group_up_backward = torch.library.custom_op("lost::group_up_backward", group.up_backward, mutates_args=())
 
 
 @group_down.register_fake
 def _(x, downs, indices, kernels):  # noqa: ARG001
     return x.new_empty(x.shape[0], _total_rank(downs)), x.new_empty(x.shape[0], _total_kept(indices))
-
-
-@torch.library.custom_op("lost::group_down_backward", mutates_args=())
-def group_down_backward(
-    dh: Tensor,
-    dkept: Tensor,
-    x: Tensor,
-    downs: list[Tensor],
-    indices: list[Tensor],
-    kernels: str,
-    needs_x: bool,
-    needs_downs: bool,
-) -> list[Tensor]:
-    """The gradients of x, [M, K], and of [A_1; A_2; ..], [sum R_g, K], in the dtype of x; those that are needed."""
-    found = []
-    if needs_x:
-        d_x = dh @ torch_impl.joined_downs(downs, x.dtype)
-        if indices:
-            _pointwise(kernels, x.dtype).add_kept_gradients(d_x, dkept, indices)
-        found.append(d_x)
-    if needs_downs:
-        found.append(dh.T @ x)
-    return found
 
 
 @group_down_backward.register_fake
@@ -82,98 +41,15 @@ def _down_backward(ctx: Any, dh: Tensor, dkept: Tensor) -> tuple:
     downs, indices = others[: ctx.num_downs], others[ctx.num_downs :]
     needs_x, needs_downs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     found = torch.ops.lost.group_down_backward(dh, dkept, x, downs, indices, ctx.kernels, needs_x, any(needs_downs))
-    d_x = found.pop(0) if needs_x else None
-    d_downs: list[Tensor | None] = [None] * len(downs)
-    if any(needs_downs):
-        blocks = found[0].split([len(down) for down in downs])
-        d_downs = [_to(block, down, needs) for block, down, needs in zip(blocks, downs, needs_downs, strict=True)]
-    return d_x, d_downs, [None] * len(indices), None
+    return *group.down_gradients(found, downs, needs_x, needs_downs), [None] * len(indices), None
 
 
 group_down.register_autograd(_down_backward, setup_context=_keep_down)
 
 
-@torch.library.custom_op("lost::group_up", mutates_args=())
-def group_up(
-    h: Tensor,
-    kept: Tensor,
-    ups: list[Tensor],
-    sparse_weights: list[Tensor],
-    learned_gammas: list[Tensor],
-    biases: list[Tensor],
-    num_kept: list[int],
-    fixed_gammas: list[float],
-    activation: str,
-    kernels: str,
-) -> list[Tensor]:
-    """y_g, [M, N_g], of every member, in the dtype of h.
-
-    Args:
-        h: [M, sum R_g].
-        kept: [M, sum S_g].
-        ups: B_g, [N_g, R_g].
-        sparse_weights: W_s,g, [N_g, S_g], of the members that have a sparse block.
-        learned_gammas: one tensor [1] a member; or none.
-        biases: [N_g] a member; or none.
-        num_kept: S_g, 0 for a member without a sparse block.
-        fixed_gammas: one number a member; or none. Without both kinds nothing is scaled (gamma is in the weights).
-        activation: a key of `reference.ACTIVATIONS`.
-        kernels: as in `group_down`.
-    """
-    parts = parts_of(ups, num_kept)
-    z = _pointwise(kernels, h.dtype).joined_activations(h, kept, parts, learned_gammas or fixed_gammas, activation)
-    weights = _joined_weights(ups, sparse_weights, parts, h.dtype)
-    blocks = _blocks(z, parts)
-    if biases:
-        return [
-            torch.addmm(bias.to(h.dtype), block, weight.T)
-            for bias, block, weight in zip(biases, blocks, weights, strict=True)
-        ]
-    return [block @ weight.T for block, weight in zip(blocks, weights, strict=True)]
-
-
 @group_up.register_fake
 def _(h, kept, ups, sparse_weights, learned_gammas, biases, num_kept, fixed_gammas, activation, kernels):  # noqa: ARG001
     return [h.new_empty(h.shape[0], up.shape[0]) for up in ups]
-
-
-@torch.library.custom_op("lost::group_up_backward", mutates_args=())
-def group_up_backward(
-    dys: list[Tensor],
-    h: Tensor,
-    kept: Tensor,
-    ups: list[Tensor],
-    sparse_weights: list[Tensor],
-    learned_gammas: list[Tensor],
-    num_kept: list[int],
-    fixed_gammas: list[float],
-    activation: str,
-    kernels: str,
-    needs_h: bool,
-    needs_gammas: bool,
-    needs_weights: bool,
-) -> list[Tensor]:
-    """dh, dkept in the dtype of h; then the gammas' gradients, [G], float32 or better; then dy_g^T z_g of every member.
-
-    Each is there only if it is needed.
-    """
-    parts, gammas = parts_of(ups, num_kept), learned_gammas or fixed_gammas
-    pointwise, found = _pointwise(kernels, h.dtype), []
-    if needs_h or needs_gammas:
-        dz = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
-        weights = _joined_weights(ups, sparse_weights, parts, h.dtype)
-        for dy, weight, block in zip(dys, weights, _blocks(dz, parts), strict=True):
-            torch.mm(dy, weight, out=block)
-        dh, dkept, d_gammas = pointwise.joined_activations_backward(
-            dz, h, kept, parts, gammas, activation, needs_gamma=needs_gammas
-        )
-        found += [dh, dkept] if needs_h else []
-        found += [d_gammas] if needs_gammas else []
-        del dz
-    if needs_weights:
-        z = pointwise.joined_activations(h, kept, parts, gammas, activation)
-        found += [dy.T @ block for dy, block in zip(dys, _blocks(z, parts), strict=True)]
-    return found
 
 
 @group_up_backward.register_fake
@@ -209,75 +85,19 @@ def _keep_up(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:  # noqa: AR
 
 def _up_backward(ctx: Any, dys: list[Tensor]) -> tuple:
     h, kept, *others = ctx.saved_tensors
-    ups, sparse_weights, learned_gammas, biases = _split(others, ctx.counts)
-    needs_h = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-    needs_ups, needs_sparse, needs_gammas, needs_biases = ctx.needs_input_grad[2:6]
-    needs_weights = any(needs_ups) or any(needs_sparse)
+    parameters = group.split(others, ctx.counts)
+    needs_h, needs = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2:6]
+    needs_gammas, needs_weights = any(needs[2]), any(needs[0]) or any(needs[1])
     found = torch.ops.lost.group_up_backward(
-        dys, h, kept, ups, sparse_weights, learned_gammas, *ctx.settings, needs_h, any(needs_gammas), needs_weights
+        dys, h, kept, *parameters[:3], *ctx.settings, needs_h, needs_gammas, needs_weights
     )
-    dh, dkept = (found.pop(0), found.pop(0)) if needs_h else (None, None)
-    d_gammas: list[Tensor | None] = [None] * len(learned_gammas)
-    if any(needs_gammas):
-        values = found.pop(0)
-        d_gammas = [_to(values[i : i + 1], gamma, needs_gammas[i]) for i, gamma in enumerate(learned_gammas)]
-    d_ups: list[Tensor | None] = [None] * len(ups)
-    d_sparse: list[Tensor | None] = [None] * len(sparse_weights)
-    if needs_weights:
-        parts = parts_of(ups, ctx.settings[0])
-        sparse_of = iter(range(len(sparse_weights)))
-        for number, (d_weight, part) in enumerate(zip(found, parts, strict=True)):
-            d_ups[number] = _to(d_weight[:, : part.rank], ups[number], needs_ups[number])
-            if part.num_kept:
-                own = next(sparse_of)
-                columns = d_weight[:, part.rank : part.rank + part.num_kept]
-                d_sparse[own] = _to(columns, sparse_weights[own], needs_sparse[own])
-    d_biases = (
-        [dy.sum(0).to(bias.dtype) if needs else None for dy, bias, needs in zip(dys, biases, needs_biases, strict=True)]
-        if biases
-        else []
-    )
+    num_kept, fixed_gammas = ctx.settings[:2]
+    dh, dkept, gradients = group.up_gradients(found, dys, parameters, num_kept, needs_h, needs)
     # Of num_kept and fixed_gammas, which are lists too: an empty one counts as a list of no tensors.
-    num_kept, fixed_gammas = None, None if ctx.settings[1] else []
-    return dh, dkept, d_ups, d_sparse, d_gammas, d_biases, num_kept, fixed_gammas, None, None
+    return dh, dkept, *gradients, None, None if fixed_gammas else [], None, None
 
 
 group_up.register_autograd(_up_backward, setup_context=_keep_up)
-
-
-def _pointwise(kernels: str, dtype: torch.dtype) -> Any:
-    """What is no product. The Triton kernels compute in float32, so float64 is left to torch."""
-    assert kernels in KERNELS, kernels
-    if kernels == "grouped" or dtype == torch.float64:
-        return torch_impl
-    from lost_kernels.lost_linear import triton_impl
-
-    return triton_impl
-
-
-def _joined_weights(ups: list[Tensor], sparse_weights: list[Tensor], parts: list[Part], dtype: torch.dtype):
-    """[B_g | W_s,g | 0] of every member, [N_g, W_g]."""
-    sparse = iter(sparse_weights)
-    return [
-        torch_impl.joined_ups(up, next(sparse) if part.num_kept else None, part.width, dtype)
-        for up, part in zip(ups, parts, strict=True)
-    ]
-
-
-def _blocks(z: Tensor, parts: list[Part]) -> list[Tensor]:
-    return [z[:, part.start : part.start + part.width] for part in parts]
-
-
-def _split(tensors: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
-    found, start = [], 0
-    for count in counts:
-        found.append(tensors[start : start + count])
-        start += count
-    return found
-
-
-def _to(gradient: Tensor, parameter: Tensor, is_needed: bool) -> Tensor | None:
-    return gradient.to(parameter.dtype).view(parameter.shape) if is_needed else None
 
 
 def _total_rank(downs: list[Tensor]) -> int:

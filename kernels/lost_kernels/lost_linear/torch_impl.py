@@ -3,6 +3,8 @@
 Shapes: M rows, K in_features, N_g out_features, R_g low-rank and S_g kept channels of member g, W_g their padded sum.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,14 @@ ACTIVATED_INTO = {
     "gelu": lambda h, out: out.copy_(ACTIVATIONS["gelu"](h)),
     "relu": torch.ops.aten.relu.out,
 }
-# Of a gradient and the activation's input.
+# Of a gradient and the activation's input; into `out`.
+DERIVED_INTO = {
+    "silu": lambda gradient, h, out: torch.ops.aten.silu_backward.grad_input(gradient, h, grad_input=out),
+    "identity": lambda gradient, h, out: out.copy_(gradient),  # noqa: ARG005
+    "gelu": lambda gradient, h, out: out.copy_(torch.ops.aten.gelu_backward(gradient, h)),
+    "relu": lambda gradient, h, out: torch.ops.aten.threshold_backward.grad_input(gradient, h, 0, grad_input=out),
+}
+# The same without `out`.
 DERIVATIVES = {
     "silu": torch.ops.aten.silu_backward,
     "identity": lambda gradient, h: gradient,  # noqa: ARG005
@@ -28,7 +37,7 @@ DERIVATIVES = {
 Gammas = list[Tensor] | list[float]
 
 
-def joined_activations(h: Tensor, kept: Tensor, parts: list[Part], gammas: Gammas, activation: str) -> Tensor:
+def joined_activations(h: Tensor, kept: Tensor, parts: Sequence[Part], gammas: Gammas, activation: str) -> Tensor:
     """z = [gamma act(h_g) | (1 - gamma) kept_g | 0] of every member, [M, sum W_g], in the dtype of h."""
     z = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
     for number, part in enumerate(parts):
@@ -49,16 +58,23 @@ def joined_activations(h: Tensor, kept: Tensor, parts: list[Part], gammas: Gamma
 
 
 def joined_activations_backward(
-    dz: Tensor, h: Tensor, kept: Tensor, parts: list[Part], gammas: Gammas, activation: str, *, needs_gamma: bool
+    dz: Tensor, h: Tensor, kept: Tensor, parts: Sequence[Part], gammas: Gammas, activation: str, *, needs_gamma: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dh, dkept in the dtype of h, and the gradients of the gammas, [G], float32 or better, if they are needed."""
     dh, dkept, d_gammas = torch.empty_like(h), torch.empty_like(kept), []
     for number, part in enumerate(parts):
         low, sparse = slice(part.low, part.low + part.rank), slice(part.sparse, part.sparse + part.num_kept)
         dz_low, dz_sparse, _ = dz[:, part.start : part.start + part.width].to(_wide(h)).split(_sizes(part), 1)
-        own_h = h[:, low].to(_wide(h))
-        dh[:, low] = _scaled(DERIVATIVES[activation](dz_low, own_h), gammas, number)
-        dkept[:, sparse] = _sparse_scaled(dz_sparse, gammas, number)
+        own_h, own_dh, own_dkept = h[:, low].to(_wide(h)), dh[:, low], dkept[:, sparse]
+        if _wide(h) is h.dtype:
+            DERIVED_INTO[activation](dz_low, own_h, own_dh)
+            own_dkept.copy_(dz_sparse)
+            if gammas:
+                own_dh.mul_(gammas[number])
+                own_dkept.mul_(1 - gammas[number])
+        else:
+            own_dh.copy_(_scaled(DERIVATIVES[activation](dz_low, own_h), gammas, number))
+            own_dkept.copy_(_sparse_scaled(dz_sparse, gammas, number))
         if needs_gamma:
             from_low = (ACTIVATIONS[activation](own_h) * dz_low).sum()
             d_gammas.append(from_low - (kept[:, sparse].to(_wide(h)) * dz_sparse).sum())

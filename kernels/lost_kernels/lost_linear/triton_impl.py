@@ -3,6 +3,7 @@
 Shapes: M rows, K in_features, R_g low-rank and S_g kept channels of member g, W_g their padded sum.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 from typing import NamedTuple
@@ -41,7 +42,7 @@ TILES = {
 
 
 def joined_activations(
-    h: Tensor, kept: Tensor, parts: list[Part], gammas: list[Tensor] | list[float], activation: str
+    h: Tensor, kept: Tensor, parts: Sequence[Part], gammas: list[Tensor] | list[float], activation: str
 ) -> Tensor:
     """z = [gamma act(h_g) | (1 - gamma) kept_g | 0] of every member, [M, sum W_g], in the dtype of h."""
     _check_rows(h, kept)
@@ -75,7 +76,7 @@ def joined_activations_backward(
     dz: Tensor,
     h: Tensor,
     kept: Tensor,
-    parts: list[Part],
+    parts: Sequence[Part],
     gammas: list[Tensor] | list[float],
     activation: str,
     *,
@@ -162,7 +163,7 @@ def inverse_maps(indices: list[Tensor], in_features: int) -> Tensor:
     return inverse
 
 
-def _runs(parts: list[Part], num_rows: int) -> list[tuple[int, int, Part]]:
+def _runs(parts: Sequence[Part], num_rows: int) -> list[tuple[int, int, Part]]:
     """Neighbours of equal R and S, for one launch each: the number of the first, how many, and the first."""
     found, first = [], 0
     for _, run in groupby(parts, lambda part: (part.rank, part.num_kept)):
