@@ -17,12 +17,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from lost.testing.numerics import LIMITS, assert_close, relative_rms_error
 from lost.testing.pointwise import DEFINITIONS, EPS, OPERATORS, OURS, norm_case, rope_case, swiglu_case
 
+SMALL_ROPE = partial(rope_case, 2, 3, 2, 5, 6)
 CASES = {
     "rms_norm": partial(norm_case, (7, 63)),
     "swiglu": partial(swiglu_case, (7, 63)),
-    "rope": rope_case,
-    "rope, a table a sequence": partial(rope_case, num_tables=2),
-    "rope, four tables": partial(rope_case, has_equal_halves=False),
+    "rope": SMALL_ROPE,
+    "rope, a table a sequence": partial(SMALL_ROPE, num_tables=2),
+    "rope, four tables": partial(SMALL_ROPE, has_equal_halves=False),
 }
 NAMES = ("rms_norm", "swiglu", "rope")
 
@@ -61,7 +62,6 @@ def test_is_the_definition(name, dtype):
     case = CASES[name]().cast(getattr(torch, dtype))
     ours, expected = case.of(OPERATORS[case.name]), case.exact()
     assert {value.dtype for value in ours.values()} == {getattr(torch, dtype)}
-    # The normed values and silu(gate) are rounded on the way, and what cancels is as large as what is left.
     assert_same(ours, expected, dtype)
 
 
@@ -78,7 +78,7 @@ def test_torchs_checks_of_the_operators(name):
 def test_compiles_whole_for_any_number_of_rows(name, backend):
     torch._dynamo.reset()
     compiled = torch.compile(partial(OURS[name], kernels="triton"), fullgraph=True, backend=backend, dynamic=True)
-    for count in (6, 9, 17):
+    for count in (6, 17):
         shape = {"seq_len": count} if name == "rope" else {"shape": (2, count, 12)}
         case = {"rms_norm": norm_case, "swiglu": swiglu_case, "rope": rope_case}[name](**shape, seed=count)
         ours, eager = case.of(compiled), case.ours()
@@ -111,7 +111,7 @@ def test_autocast_changes_nothing(name, is_compiled):
 def test_what_lies_between_forward_and_backward(name):
     """The arguments themselves, and a number a row of a norm; the definition keeps more, but for the rotation."""
     case = CASES[name]()
-    kept = {"rms_norm": 63 * (7 + 1) + 7, "swiglu": 2 * 7 * 63, "rope": 2 * 7 * 6}[name]
+    kept = {"rms_norm": 63 * (7 + 1) + 7, "swiglu": 2 * 7 * 63, "rope": 2 * 5 * 6}[name]
     assert values_kept(name, case, OURS[name]) == kept
     assert values_kept(name, case, DEFINITIONS[name]) > kept - (name == "rope")
 
