@@ -1,25 +1,38 @@
-"""LLaMA's attention and MLP whose linears that read one input share its product: q/k/v, and gate/up.
+"""LLaMA's norm, attention and MLP by LOST's operators: linears that read one input (q/k/v, gate/up) share its product.
 
-Modules, parameters and their names are transformers' own; only the forward pass differs.
+Modules, parameters and their names are transformers' own; only the forward pass differs. `kernels` of every module says
+how it is computed (`lost_kernels`): set by the training runtime (runtime.kernels).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from lost_kernels.lost_linear import lost_group
+from lost_kernels.rmsnorm import rms_norm
+from lost_kernels.rope import rope
+from lost_kernels.swiglu import swiglu
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
-    apply_rotary_pos_emb,
+    LlamaRMSNorm,
     eager_attention_forward,
 )
 
 from lost.model.lost_linear import LostLinear
 
 
+class LostLlamaRMSNorm(LlamaRMSNorm):
+    kernels: str = "auto"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, self.kernels)
+
+
 class LostLlamaAttention(LlamaAttention):
+    kernels: str = "auto"
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -30,7 +43,7 @@ class LostLlamaAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         projected = outputs_of((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         query, key, value = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = rope(query, key, *position_embeddings, self.kernels)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)  # pyright: ignore[reportArgumentType]
@@ -42,9 +55,18 @@ class LostLlamaAttention(LlamaAttention):
 
 
 class LostLlamaMLP(LlamaMLP):
+    kernels: str = "auto"
+
     def forward(self, x: Tensor) -> Tensor:
         gate, up = outputs_of((self.gate_proj, self.up_proj), x)
-        return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(product_of(self, gate, up))
+
+
+def product_of(mlp: LlamaMLP, gate: Tensor, up: Tensor) -> Tensor:
+    """What down_proj reads: act(gate) * up, [..., intermediate_size], of LOST's MLP and of transformers' own."""
+    if isinstance(mlp, LostLlamaMLP) and mlp.config.hidden_act == "silu":
+        return swiglu(gate, up, mlp.kernels)
+    return mlp.act_fn(gate) * up
 
 
 def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

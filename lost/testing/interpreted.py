@@ -9,13 +9,17 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from lost_kernels.lost_linear import lost_group, triton_impl
 from torch import Tensor
 
-from lost.testing.lost_groups import Case, case
+from lost.config.model import LostConfig
+from lost.model import build_model
+from lost.testing.lost_groups import SMALL, Case, case
 from lost.testing.numerics import relative_rms_error
+from lost.train.wrap import set_kernels, set_recompute
 
 # (R, S, N) of the members: the kernels' blocks are 128 columns wide, so 131 ends in the second of them.
 GROUPS = {
@@ -37,6 +41,7 @@ def errors() -> dict[str, float]:
     found |= errors_of("one row", case(shape=(1,)))
     empty = case(shape=(0,)).cast(torch.float32)
     assert [y.shape[0] for y in lost_group(empty.x, empty.members, "silu", kernels="triton")] == [0, 0, 0]
+    found |= errors_of_models()
     given = case(kind="learnable", shape=(7,))
     for name, wrong in MISTAKES.items():
         original = getattr(triton_impl, name)
@@ -56,6 +61,29 @@ def errors_of(name: str, given: Case) -> dict[str, float]:
         place = f"{name}, d_gamma" if key.startswith("gamma") else name
         found[place] = max(found.get(place, 0.0), relative_rms_error(value, expected[key]))
     return found
+
+
+def errors_of_models() -> dict[str, float]:
+    """Loss and gradients of a small model whose every operator of ours runs its kernel, at some levels, in float32."""
+    expected = model_values("reference", "none", torch.float64)
+    found = {}
+    for level in ("none", "p0", "p1", "p3"):
+        for is_traced in (False, True):
+            ours = model_values("triton", level, torch.float32, is_traced=is_traced)
+            errors = [relative_rms_error(value, expected[name]) for name, value in ours.items()]
+            found[f"model, {level}, {is_traced=}"] = max(errors)
+    return found
+
+
+def model_values(kernels: str, level: str, dtype: torch.dtype, *, is_traced: bool = False) -> dict[str, Tensor]:
+    net: Any = build_model(SMALL, LostConfig(lost_rank=5, density=0.1), seed=0, dtype=torch.float32)
+    net.to(dtype).train()
+    set_kernels(net, kernels)
+    set_recompute(net, level, is_traced=is_traced)
+    ids = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(3))
+    loss = net(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
 def _shifted(inverse_maps: Callable, *arguments: object) -> Tensor:

@@ -46,6 +46,8 @@ ATTENTION = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 }
+# Of norms and of the MLP's product where they are operators.
+POINTWISE = {lost.rms_norm.default, lost.swiglu.default}
 PRODUCTS = {aten.mm.default, aten.addmm.default}
 
 
@@ -93,6 +95,8 @@ class Policy:
             return LOW_RANK
         if op in ATTENTION:
             return "attention"
+        if op in POINTWISE:
+            return "pointwise"
         return "pointwise" if op is aten.mul.Tensor and self._is_input_of_a_layer(*args) else ""
 
     def _is_input_of_a_layer(self, left: Any, right: Any) -> bool:

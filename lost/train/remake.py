@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from lost.model.blocks import outputs_of
+from lost.model.blocks import outputs_of, product_of
 
 REMADE_LEVELS = ("p0", "p1")
 
@@ -39,10 +39,9 @@ def _norm_forward(norm: nn.Module, values: "RemadeValues", hidden_states: Tensor
     return values.make(normed, hidden_states, weight)
 
 
-def _mlp_forward(mlp: nn.Module, values: "RemadeValues", x: Tensor) -> Tensor:
-    layers: Any = mlp
-    gate, up = outputs_of((layers.gate_proj, layers.up_proj), x)
-    return layers.down_proj(values.make(lambda gate, up: _cast(layers.act_fn(gate) * up), gate, up))
+def _mlp_forward(mlp: LlamaMLP, values: "RemadeValues", x: Tensor) -> Tensor:
+    gate, up = outputs_of((mlp.gate_proj, mlp.up_proj), x)
+    return mlp.down_proj(values.make(lambda gate, up: _cast(product_of(mlp, gate, up)), gate, up))
 
 
 def _dropping(values: "RemadeValues", forward: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lost.model.blocks import LostLlamaAttention, LostLlamaMLP, LostLlamaRMSNorm
 from lost.model.lost_linear import LostLinear
 from lost.train.recompute import LEVELS, checkpoint_selectively, llama_blocks
 from lost.train.remake import REMADE_LEVELS, remake_pointwise
@@ -28,9 +29,9 @@ def set_recompute(model: nn.Module, recompute: str, *, is_traced: bool = False) 
 
 
 def set_kernels(model: nn.Module, kernels: str) -> None:
-    """Makes every LOST layer of `model` compute as runtime.kernels came out to be."""
+    """Makes every module of ours in `model` compute as runtime.kernels came out to be."""
     for module in model.modules():
-        if isinstance(module, LostLinear):
+        if isinstance(module, LostLinear | LostLlamaRMSNorm | LostLlamaAttention | LostLlamaMLP):
             module.kernels = kernels
 
 

@@ -97,7 +97,7 @@ def lost_group(x: Tensor, members: Sequence[LostWeights], activation: str, *, ke
         [gamma for gamma in gammas if isinstance(gamma, Tensor)],
         [m.bias for m in members if m.bias is not None],
         [0 if weight is None or index is None else weight.shape[1] for weight, index in sparse],
-        [gamma for gamma in gammas if isinstance(gamma, float | int)],
+        [float(gamma) for gamma in gammas if isinstance(gamma, float | int)],
         activation,
         kernels,
     )

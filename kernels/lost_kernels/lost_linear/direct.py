@@ -54,7 +54,8 @@ class _Group(torch.autograd.Function):
         h, kept = group.down(x, downs, indices, settings[-1])
         ctx.save_for_backward(x, h, kept, *tensors)
         ctx.counts, ctx.settings = counts, settings
-        return tuple(group.up(h, kept, *parameters, *settings))
+        arguments: list[Any] = [*parameters, *settings]
+        return tuple(group.up(h, kept, *arguments))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -65,9 +66,9 @@ class _Group(torch.autograd.Function):
         needs_downs, _, *needs = group.split(ctx.needs_input_grad[3:], ctx.counts)
         num_kept, kernels = ctx.settings[0], ctx.settings[-1]
         needs_h = needs_x or any(needs_downs)
-        found = group.up_backward(
-            dys, h, kept, *parameters[:3], *ctx.settings, needs_h, any(needs[2]), any(needs[0]) or any(needs[1])
-        )
+        arguments: list[Any] = [*parameters[:3], *ctx.settings]
+        wanted = needs_h, any(needs[2]), any(needs[0]) or any(needs[1])
+        found = group.up_backward(list(dys), h, kept, *arguments, *wanted)  # pyright: ignore[reportCallIssue]
         dh, dkept, gradients = group.up_gradients(found, dys, parameters, num_kept, needs_h, needs)
         d_x, d_downs = None, [None] * len(downs)
         if dh is not None and dkept is not None:
