@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from gpu_items.models import compile_blocks, lost_config, model_config, padded_config, random_model, with_arm
-from gpu_items.timing import spread, times
+from gpu_items.timing import flushed, spread, times
 from gpu_items.worker import Place
 from lost.bench.limits import Machine, step_works
 from lost.bench.timing import wait_for
@@ -33,6 +33,8 @@ def step_time(place: Place, size: str, rows: int, seq_len: int, arm: str) -> Ite
         arm: form, backend of LOST (or none: auto), level of recomputation, compiled or eager.
     """
     form, *kernels, level, mode = arm.split()
+    # The buffer that timing flushes the cache with would count as the model's memory.
+    flushed.cache_clear()
     plain = model_config(size)
     model = plain if form == "lost" else padded_config(plain)
     net = with_arm(random_model(form, model, place), kernels[0] if kernels else "auto", level)

@@ -14,8 +14,6 @@ from typing import Any
 from gpu_items.plan import DECISIVE_STAGE, Item
 from gpu_items.worker import serve
 
-# Starting the process: imports, the device's context.
-START_SECONDS = 20.0
 # Kept for the last lines and the table.
 END_SECONDS = 5.0
 # With less left an item is not begun.
@@ -38,6 +36,16 @@ class Worker:
         self.process.start()
         theirs.close()
 
+    def wait_until_ready(self, seconds: float) -> None:
+        """Until torch is imported and the device has its context; nothing is wrong yet if that takes too long."""
+        try:
+            is_there = not self.connection.poll(seconds) or self.connection.recv()[1]
+        except (EOFError, ConnectionError):
+            # It is gone: the next item will say so.
+            return
+        if not is_there:
+            raise NoDeviceError
+
     def run(self, item: Item, seconds: float, machine: tuple | None, on_row: Report) -> dict[str, Any]:
         """The item's end: status passed, failed or cut off; rows are handed on as they come."""
         end = time.monotonic() + seconds
@@ -49,8 +57,6 @@ class Worker:
                     return value
                 if kind == "row":
                     on_row(value)
-                elif not value:
-                    raise NoDeviceError
         except (EOFError, ConnectionError):
             self.process.join(5)
             return {"status": "failed", "error": f"its process ended with exit status {self.process.exitcode}"}
@@ -74,6 +80,7 @@ def run_items(
     """All lines of the run, each reported when it is made.
 
     Args:
+        items: their budgets count from the moment that the process is ready.
         started: time.monotonic() that the deadline counts from.
 
     Raises:
@@ -85,18 +92,22 @@ def run_items(
         lines.append(line | {"seconds_since_start": round(time.monotonic() - started, 1)})
         report(lines[-1])
 
-    worker, due, reason = None, START_SECONDS, ""
+    worker, due, reason = None, 0.0, ""
     try:
         for item in items:
             due += item.budget_seconds
             elapsed = time.monotonic() - started
+            if worker is None and not reason and deadline_seconds - END_SECONDS - elapsed > LEAST_SECONDS:
+                worker = Worker(device, is_tiny)
+                worker.wait_until_ready(deadline_seconds - END_SECONDS - elapsed)
+                due += time.monotonic() - started - elapsed
+                elapsed = time.monotonic() - started
             # Time that earlier items did not use is added.
             seconds = min(max(item.budget_seconds, due - elapsed), deadline_seconds - END_SECONDS - elapsed)
             named = {"stage": item.stage, "item": item.name}
-            if reason or seconds < LEAST_SECONDS:
+            if reason or worker is None or seconds < LEAST_SECONDS:
                 tell({**named, "status": "left out", "error": reason or "no time left"})
                 continue
-            worker = worker or Worker(device, is_tiny)
             machine = next((line["machine"] for line in lines if "machine" in line), None)
             end = worker.run(item, seconds, machine, lambda row, named=named: tell({**named, **row}))
             tell({**named, **end, "seconds": round(time.monotonic() - started - elapsed, 1)})

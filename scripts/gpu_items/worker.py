@@ -39,7 +39,11 @@ def serve(connection: Connection, device: str, is_tiny: bool) -> None:
     os.dup2(2, 1)
     import torch
 
-    connection.send(("ready", not device.startswith("cuda") or torch.cuda.is_available()))
+    is_there = not device.startswith("cuda") or torch.cuda.is_available()
+    if is_there:
+        # The device's context, before an item's seconds count.
+        torch.zeros(1, device=device)
+    connection.send(("ready", is_there))
     while True:
         try:
             item, seconds, machine = connection.recv()

@@ -139,7 +139,6 @@ from gpu_items import supervise
 from gpu_items.plan import Item
 
 if __name__ == "__main__":
-    supervise.START_SECONDS = 0.0
     items = [Item(stage, name, seconds, "own_items", name) for stage, name, seconds in {items!r}]
     supervise.run_items(
         items, "cpu", is_tiny=True, deadline_seconds={deadline}, started=time.monotonic(),
@@ -179,10 +178,10 @@ def test_an_early_item_that_fails_leaves_out_the_rest_and_the_deadline_holds(tmp
     first = run_own([("S0", "wrong", 60), ("S1", "fine", 60)], 1000, tmp_path)
     assert ends(first)["fine"]["status"] == "left out"
     began = time.monotonic()
-    last = run_own([("S1", "hangs", 60), ("S2", "fine", 60)], 12, tmp_path)
-    assert time.monotonic() - began < 30
+    last = run_own([("S1", "hangs", 60), ("S2", "fine", 60)], 25, tmp_path)
+    assert time.monotonic() - began < 40
     assert [line["status"] for line in last] == ["cut off", "left out"]
-    assert last[-1]["seconds_since_start"] < 12
+    assert last[-1]["seconds_since_start"] < 25
 
 
 @pytest.fixture
@@ -240,7 +239,8 @@ def test_budgets_fit_the_deadline(monkeypatch):
 
     items = plan(is_tiny=False)
     assert gpu_check.DEADLINE_SECONDS <= 540 - supervise.END_SECONDS
-    assert supervise.START_SECONDS + sum(item.budget_seconds for item in items) <= gpu_check.DEADLINE_SECONDS
+    # At least 20 s are left for the imports of a cold machine.
+    assert 20 + sum(item.budget_seconds for item in items) <= gpu_check.DEADLINE_SECONDS - supervise.END_SECONDS
     assert len({item.name for item in items}) == len(items)
     assert [item.stage for item in items] == sorted(item.stage for item in items)
 
