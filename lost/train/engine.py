@@ -108,7 +108,7 @@ def build_engine(
         fill: called once, when the model is sharded if the runtime shards it.
     """
     set_kernels(model, runtime.kernels)
-    set_recompute(model, config.recompute, is_traced=config.compile or runtime.zero_stage == 3)
+    set_recompute(model, config.recompute, is_traced=config.compile)
     if config.compile:
         for block in blocks(model):
             block.compile()

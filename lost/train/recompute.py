@@ -14,8 +14,8 @@ is the second residual.
 h are the outputs of the down factors with the kept input columns; a dense layer has none, so that its p3 is little
 more than runtime.recompute=block. Of every level the last product is made once more: its inputs mark the end.
 
-p0 and p1 come this way where blocks are compiled and under ZeRO-3 only; otherwise `lost.train.remake` keeps the same
-for less of Python's time.
+p0 and p1 come this way where blocks are compiled only; otherwise `lost.train.remake` keeps the same for less of
+Python's time.
 """
 
 from collections.abc import Callable

@@ -13,8 +13,7 @@ def set_recompute(model: nn.Module, recompute: str, *, is_traced: bool = False) 
 
     Args:
         recompute: none, block or one of LEVELS.
-        is_traced: blocks are compiled, or parameters are brought by hooks of modules (ZeRO-3): levels are then a matter
-            of operators in every case.
+        is_traced: blocks are compiled: every level is then a matter of operators.
     """
     if recompute in LEVELS:
         for block in llama_blocks(model):
