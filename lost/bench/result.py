@@ -163,8 +163,10 @@ class BenchResult:
             return None
         path = Path(self.config.to) / f"bench_{self.config.what}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.facts(), indent=2) + "\n")
-        self.add_to_history(path.with_suffix(".csv"))
+        # Once, and before anything is written: the commit is that of the code, without these results.
+        facts = self.facts()
+        path.write_text(json.dumps(facts, indent=2) + "\n")
+        self.add_to_history(path.with_suffix(".csv"), facts)
         plot_arms(
             path.with_suffix(".png"),
             self.title,
@@ -189,9 +191,9 @@ class BenchResult:
     def _spread(self, name: str) -> tuple[float, float]:
         return quantiles(self.arms[name].timing.ratios_to(self.arms[self.base].timing))
 
-    def add_to_history(self, path: Path) -> None:
+    def add_to_history(self, path: Path, facts: dict[str, Any]) -> None:
         """Adds one line an arm to the CSV file, with commit, device and versions; a new file gets its head first."""
-        facts, found = self.facts(), versions()
+        found = facts["versions"]
         devices = found["devices"]
         same = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import lost.utils.versions
 from lost.bench import block, layer, run, step, verify
 from lost.bench.layer import ThreeProducts
 from lost.bench.limits import Machine, Work, block_works, layer_works, lost_widths, step_works
@@ -152,6 +154,20 @@ def test_every_run_adds_lines_to_the_history(tmp_path):
     assert [line["arm"] for line in lines] == ["dense", "lost"] * 2
     assert all(line["torch"] == torch.__version__ and line["device"] and "commit" in line for line in lines)
     assert (tmp_path / "bench_layer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_of_an_earlier_run_do_not_make_the_code_dirty(tmp_path, monkeypatch):
+    package = tmp_path / "lost"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "lost"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr(lost.utils.versions, "_PACKAGE_FOLDER", package)
+    for name, is_dirty in (("benchmarks/results", False), ("docs", True)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "new.csv").write_text("1\n")
+        assert lost.utils.versions.versions()["is_dirty"] is is_dirty
 
 
 def test_a_history_with_other_columns_is_kept(tmp_path):
