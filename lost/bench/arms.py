@@ -79,8 +79,20 @@ def chosen(
     return [names[0], *[arm for arm in config.arms if arm != names[0]]] if config.arms else names
 
 
-def model_of(config: BenchConfig, name: str, model: ModelConfig, device: torch.device, dtype: torch.dtype):
-    """A model in training in the form of the arm: dense, one of PEERS or LOST, with its backend and its level."""
+def model_of(
+    config: BenchConfig,
+    name: str,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_compiled: bool = False,
+):
+    """A model in training in the form of the arm: dense, one of PEERS or LOST, with its backend and its level.
+
+    Args:
+        is_compiled: its blocks will be compiled by the caller.
+    """
     arm = parsed(name)
     if arm.form == "lost":
         net = build_model(model, config.parameterization, seed=0, device=device, dtype=dtype)
@@ -90,7 +102,7 @@ def model_of(config: BenchConfig, name: str, model: ModelConfig, device: torch.d
         if arm.form in PEERS:
             swap_linears(net, arm.form, model.lineage_rank)
     if arm.level:
-        set_recompute(net, arm.level)
+        set_recompute(net, arm.level, is_traced=is_compiled)
     return net.train()
 
 

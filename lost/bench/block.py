@@ -35,7 +35,7 @@ def bench_block(config: BenchConfig) -> BenchResult:
     d_y = torch.randn_like(x)
 
     def make(name: str, is_compiled: bool) -> nn.Module:
-        net = model_of(config, name, model, device, dtype)
+        net = model_of(config, name, model, device, dtype, is_compiled=is_compiled)
         block = net.model.layers[0]
         block.angles = net.model.rotary_emb(x, torch.arange(config.seq_len, device=device)[None])
         if is_compiled:

@@ -45,7 +45,7 @@ def bench_step(config: BenchConfig) -> BenchResult:
     names = chosen(config, usual, device, more=PEERS, has_levels=True)
 
     def make(name: str, is_compiled: bool) -> PreTrainedModel:
-        net = model_of(config, name, config.model, device, dtype)
+        net = model_of(config, name, config.model, device, dtype, is_compiled=is_compiled)
         if is_compiled:
             compile_blocks(net)
         return net

@@ -9,6 +9,7 @@ from torch import nn
 
 from lost.config.runtime import RuntimeConfig
 from lost.config.training import OptimizerConfig
+from lost.train import zero_setup
 from lost.train.norms import clip_gradients, group_norms
 from lost.train.optim import build_optimizer, empty_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
 from lost.train.runtime import Runtime
@@ -108,7 +109,8 @@ def build_engine(
         fill: called once, when the model is sharded if the runtime shards it.
     """
     set_kernels(model, runtime.kernels)
-    set_recompute(model, config.recompute, is_traced=config.compile)
+    min_moved = zero_setup.WHOLE_BELOW if runtime.zero_stage == 3 else None
+    set_recompute(model, config.recompute, is_traced=config.compile, min_moved=min_moved)
     if config.compile:
         for block in blocks(model):
             block.compile()

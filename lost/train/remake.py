@@ -21,11 +21,17 @@ from lost.model.blocks import outputs_of, product_of
 REMADE_LEVELS = ("p0", "p1")
 
 
-def remake_pointwise(block: LlamaDecoderLayer, level: str) -> None:
-    """Makes `block` keep in training what `level`, one of REMADE_LEVELS, says."""
+def remake_pointwise(block: LlamaDecoderLayer, level: str, *, min_moved: int | None = None) -> None:
+    """Makes `block` keep in training what `level`, one of REMADE_LEVELS, says.
+
+    Args:
+        min_moved: parameters of so many elements are there only while their module runs (ZeRO-3), so that a norm with
+            such a weight is left as it is. None: all parameters are always there.
+    """
     values = RemadeValues()
     for norm in (block.input_layernorm, block.post_attention_layernorm):
-        norm.forward = partial(_norm_forward, norm, values)
+        if min_moved is None or norm.weight.numel() < min_moved:
+            norm.forward = partial(_norm_forward, norm, values)
     block.mlp.forward = partial(_mlp_forward, block.mlp, values)
     if level == "p1":
         block.forward = partial(_dropping, values, block.forward)

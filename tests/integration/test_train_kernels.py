@@ -27,17 +27,23 @@ def largest_difference(ours, theirs):
 
 
 def test_fifty_steps_of_llama_tiny_have_the_losses_of_the_definition(tmp_path, corpus):
-    """model=llama_tiny as it is packaged but for its vocabulary; a changed gamma shows what a difference looks like."""
+    """model=llama_tiny as it is packaged but for its vocabulary; a changed gamma shows what a difference looks like.
+
+    At this learning rate rounding grows to 2e-7 in fifty steps, as between the definition with and without
+    runtime.recompute=p1; at 0.003 that difference is 4e-5.
+    """
     traces = {}
     arms = {"grouped": [], "reference": [], "changed": ["parameterization.gamma=0.71"]}
     for name, changes in arms.items():
         kernels = "reference" if name == "reference" else "grouped"
         arguments = [
             key
-            for key in tiny_run(tmp_path / name, corpus, "train.max_steps=50", "checkpoint.every_steps=0")
+            for key in tiny_run(
+                tmp_path / name, corpus, "train.max_steps=50", "checkpoint.every_steps=0", "evaluation.every_steps=0"
+            )
             if not key.startswith(("model.", "parameterization.")) or key.startswith("model.vocab_size")
         ]
-        small = ["train.global_batch_size=2", "train.micro_batch_size=2", "evaluation.every_steps=0"]
+        small = ["train.global_batch_size=2", "train.micro_batch_size=2", "optimizer.learning_rate=0.001"]
         assert lost_here(*arguments, "model=llama_tiny", f"runtime.kernels={kernels}", *small, *changes) == 0
         traces[name] = losses(tmp_path / name)
     assert len(traces["grouped"]) == 50
