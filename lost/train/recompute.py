@@ -19,7 +19,8 @@ Python's time.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -52,15 +53,38 @@ PRODUCTS = {aten.mm.default, aten.addmm.default}
 
 
 def checkpoint_selectively(block: LlamaDecoderLayer, level: str) -> None:
-    """Makes `block` keep in training what LEVELS[level] says; transformers calls the function set here."""
+    """Makes `block` keep in training what LEVELS[level] says; transformers calls the function set here.
+
+    After `lost.train.wrap.set_kernels`, which decides what operators there are.
+    """
     block.gradient_checkpointing = True
-    context = partial(contexts, block, level)
-    block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=context)  # pyright: ignore[reportArgumentType]
+    block._gradient_checkpointing_func = _checkpoint(level, operators_of(block))  # pyright: ignore[reportArgumentType]
 
 
-def contexts(block: LlamaDecoderLayer, level: str) -> Any:
+@dataclass(frozen=True)
+class Operators:
+    """Those of one pass through a block, in their order.
+
+    Attributes:
+        products: what each matrix product of aten is, in the words of LEVELS.
+        group_ups: the projections that `lost::group_up` computes.
+    """
+
+    products: tuple[str, ...]
+    group_ups: tuple[str, ...]
+    intermediate_size: int
+
+
+@cache
+def _checkpoint(level: str, operators: Operators) -> Callable:
+    """One function for all blocks alike: a compiler that met another one in every block would compile each anew."""
+    context = partial(contexts, level, operators)
+    return partial(checkpoint, use_reentrant=False, context_fn=context)
+
+
+def contexts(level: str, operators: Operators) -> Any:
     """Contexts of one forward pass and of its repetition, as torch's checkpoint wants them."""
-    return create_selective_checkpoint_contexts(Policy(block, LEVELS[level]))
+    return create_selective_checkpoint_contexts(Policy(LEVELS[level], operators))
 
 
 class Policy:
@@ -69,10 +93,8 @@ class Policy:
     The operators of a projection are known by their number: blocks call them in one order, grouped or not.
     """
 
-    def __init__(self, block: LlamaDecoderLayer, kept: frozenset[str]):
-        self.kept = kept
-        self.intermediate_size = block.mlp.intermediate_size
-        self.products, self.group_ups = operators_of(block)
+    def __init__(self, kept: frozenset[str], operators: Operators):
+        self.kept, self.operators = kept, operators
         # torch 2.11 asks in the repetition too.
         self.num_seen = {False: (0, 0), True: (0, 0)}
 
@@ -85,12 +107,12 @@ class Policy:
         num_products, num_ups = self.num_seen[is_recompute]
         if op in PRODUCTS:
             self.num_seen[is_recompute] = num_products + 1, num_ups
-            return self.products[num_products]
+            return self.operators.products[num_products]
         if op is lost.group_up.default:
             num_members = len(args[2])
             self.num_seen[is_recompute] = num_products, num_ups + num_members
             # The members of a group share a level: q, k and v, or gate and up.
-            return self.group_ups[num_ups]
+            return self.operators.group_ups[num_ups]
         if op is lost.group_down.default:
             return LOW_RANK
         if op in ATTENTION:
@@ -103,11 +125,10 @@ class Policy:
         """Whether left * right is a norm's weight times its values, or the MLP's product."""
         if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
             return False
-        return left.dim() == 1 or (left.shape == right.shape and left.shape[-1] == self.intermediate_size)
+        return left.dim() == 1 or (left.shape == right.shape and left.shape[-1] == self.operators.intermediate_size)
 
 
-def operators_of(block: LlamaDecoderLayer) -> tuple[list[str], list[str]]:
-    """What the matrix products of one pass through the block are, and what the outputs of `lost::group_up` are."""
+def operators_of(block: LlamaDecoderLayer) -> Operators:
     products: list[str] = []
     group_ups: list[str] = []
     for name in PROJECTIONS:
@@ -119,7 +140,7 @@ def operators_of(block: LlamaDecoderLayer) -> tuple[list[str], list[str]]:
         else:
             has_sparse_product = layer.selection_axis == "rows" and layer.num_kept > 0
             products += [LOW_RANK, *[LOW_RANK] * has_sparse_product, name]
-    return products, group_ups
+    return Operators(tuple(products), tuple(group_ups), block.mlp.intermediate_size)
 
 
 def uses_operators(layer: LostLinear) -> bool:

@@ -164,13 +164,14 @@ def test_biases_of_the_architecture():
         assert_same(value, expected[name], name)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_a_compiled_block_has_no_graph_break(recompute):
+@pytest.mark.parametrize("recompute", ["none", "p1", "p3", "block"])
+def test_blocks_compile_into_one_graph_without_breaks(recompute):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     net = model()
     expected = loss_and_gradients(net, "reference")
-    set_recompute(net, recompute)
+    set_kernels(net, "grouped")
+    set_recompute(net, recompute, is_traced=True)
     for block in blocks(net):
         block.compile(backend="aot_eager")
     for name, value in loss_and_gradients(net.train(), "grouped").items():
