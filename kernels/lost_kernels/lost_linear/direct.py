@@ -1,7 +1,7 @@
 """A group of LOST layers as one autograd.Function: what `op` computes, without the cost of calling an operator.
 
-An operator that takes lists of tensors costs Python 1 to 2 ms, forward and backward (torch 2.13), twice this. Compilers,
-recomputation and whoever counts operators need the operators all the same.
+An operator that takes lists of tensors costs Python 1 to 2 ms, forward and backward (torch 2.13), twice this.
+Compilers, recomputation and whoever counts operators need the operators all the same.
 """
 
 from typing import Any
