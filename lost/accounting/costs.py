@@ -4,7 +4,7 @@ A new parameterization adds one function to COSTS, by its config class.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lost.accounting.shapes import LinearShape, head_linear, linear_shapes
@@ -12,8 +12,11 @@ from lost.accounting.targets import LostShape, lost_shapes
 from lost.config.model import DenseConfig, LostConfig, ModelConfig, ParameterizationConfig
 from lost.utils.errors import ConfigError
 
-# As in lost_kernels.lost_linear.autograd_impl, which needs torch and is not imported here.
-WIDTH_MULTIPLE = 16
+# Projections that read one input, with the first of them (`lost.model.blocks`).
+FIRST_READER = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "q_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class LinearCost:
         num_index: entries of int64 buffers.
         forward_macs: multiply-adds of the matrix products, per token.
         saved_values: numbers kept per token in the compute dtype, the layer's input left out.
-        saved_unless_p0: more of them, which recompute=p0 makes again.
         num_cast_weights: weights of which autocast keeps a copy in its own dtype.
         saved_float32: numbers kept per token in float32 where that is not the compute dtype, else in it.
         num_input_casts: copies of the layer's input that autocast makes.
+        low_rank_values: of saved_values, those that runtime.recompute=p0 to p3 keep.
     """
 
     linear: LinearShape
@@ -39,7 +42,7 @@ class LinearCost:
     num_cast_weights: int
     saved_float32: int = 0
     num_input_casts: int = 1
-    saved_unless_p0: int = 0
+    low_rank_values: int = 0
 
 
 def dense_cost(linear: LinearShape) -> LinearCost:
@@ -50,7 +53,7 @@ def dense_cost(linear: LinearShape) -> LinearCost:
 def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
     """R (in + out) for the factors, S out (rows: S in) for the kept channels; every weight is used once per token.
 
-    With selection_axis = columns the layer keeps h = x A^T, and z (p0: its S kept channels), and casts its weights
+    With selection_axis = columns the layer keeps h = x A^T and the S kept channels, and casts its weights
     again in the backward pass; with rows it is plain autograd, which keeps act(h) too, h in float32, and an input for
     each of the two products.
     """
@@ -59,19 +62,16 @@ def lost_cost(shape: LostShape, config: LostConfig) -> LinearCost:
     has_activation = config.activation != "identity"
     sparse_width = linear.in_features if is_plain else linear.out_features
     weights = shape.lost_rank * (linear.in_features + linear.out_features) + shape.num_kept * sparse_width
-    width = shape.lost_rank + shape.num_kept
-    z_width = width + -width % WIDTH_MULTIPLE if shape.num_kept else width
-    has_z = shape.num_kept or has_activation or config.gamma_mode != "folded"
     return LinearCost(
         linear,
         num_parameters=weights + (config.gamma_mode == "learnable"),
         num_index=shape.num_kept,
         forward_macs=weights,
         saved_values=shape.lost_rank + (0 if is_plain else shape.num_kept),
-        saved_unless_p0=0 if is_plain or not has_z else z_width - shape.num_kept,
         num_cast_weights=weights if is_plain else 0,
         saved_float32=shape.lost_rank if is_plain and has_activation else 0,
         num_input_casts=2 if is_plain and shape.num_kept else 1,
+        low_rank_values=shape.lost_rank + shape.num_kept,
     )
 
 
@@ -80,8 +80,15 @@ def _dense_costs(config: DenseConfig, linears: list[LinearShape]) -> list[Linear
 
 
 def _lost_costs(config: LostConfig, linears: list[LinearShape]) -> list[LinearCost]:
-    replaced = {shape.linear: lost_cost(shape, config) for shape in lost_shapes(config, linears)}
-    return [replaced.get(linear, dense_cost(linear)) for linear in linears]
+    replaced = {shape.linear.name: lost_cost(shape, config) for shape in lost_shapes(config, linears)}
+    for name, cost in replaced.items():
+        block, _, own = name.rpartition(".")
+        first = FIRST_READER.get(own)
+        # Layers that share one group of operators share their input's copy; it is counted with the first of them.
+        group = [f"{block}.{member}" for member in FIRST_READER if first and FIRST_READER[member] == first]
+        if config.selection_axis == "columns" and first not in (None, own) and replaced.keys() >= set(group):
+            replaced[name] = replace(cost, num_input_casts=0)
+    return [replaced.get(linear.name, dense_cost(linear)) for linear in linears]
 
 
 COSTS: dict[type[ParameterizationConfig], Callable[[Any, list[LinearShape]], list[LinearCost]]] = {

@@ -17,7 +17,13 @@ FLOAT32_BYTES = 4
 INDEX_BYTES = 8
 
 Precision = Literal["fp32", "bf16", "pure_bf16"]
-Recompute = Literal["none", "p0", "block"]
+Recompute = Literal["none", "p0", "p1", "p2", "p3", "block"]
+# Levels of which a block keeps single tensors and makes the others again (`lost.train.recompute`).
+LEVELS = ("p0", "p1", "p2", "p3")
+# Those of them at which only norms and the MLP's product make values again (`lost.train.remake`).
+REMADE_LEVELS = ("p0", "p1")
+# As in lost_kernels.cross_entropy on a GPU, which needs torch and is not imported here.
+LOSS_CHUNK_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -89,21 +95,42 @@ def block_activation_bytes(
         precision: of the run.
         recompute: block counts as none: a block that is made again keeps everything until its backward pass.
     """
+    if recompute in LEVELS:
+        return _level_bytes(model, costs, precision, recompute)
     width = WIDTHS[precision]
-    key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
     # The float32 input of a norm, what it multiplies with its weight, and the root of the mean square.
     norms = 2 * (model.hidden_size * (FLOAT32_BYTES + width.weight) + FLOAT32_BYTES)
     # The two norms' outputs are shared by the layers that read them, but autocast makes copies for each of the five.
     readers = [cost for cost in costs if not cost.linear.name.endswith(("o_proj", "down_proj"))]
     num_inputs = sum_of(readers, "num_input_casts") if width.is_autocast else 2
     inputs = num_inputs * model.hidden_size * width.compute
-    # Rotated queries and keys, values, the output, and the log of the softmax's sum.
-    attention = 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
     # gate, silu(gate), up and their product.
     mlp = 4 * model.intermediate_size * width.compute
-    saved_values = sum_of(costs, "saved_values") + (0 if recompute == "p0" else sum_of(costs, "saved_unless_p0"))
-    layers = saved_values * width.compute + sum_of(costs, "saved_float32") * FLOAT32_BYTES
-    return norms + inputs + attention + mlp + layers
+    return norms + inputs + mlp + _attention_and_layer_bytes(model, costs, width)
+
+
+def _attention_and_layer_bytes(model: ModelConfig, costs: list[LinearCost], width: Widths) -> int:
+    key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
+    # Rotated queries and keys, values, the output, and the log of the softmax's sum.
+    attention = 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
+    return attention + sum_of(costs, "saved_values") * width.compute + sum_of(costs, "saved_float32") * FLOAT32_BYTES
+
+
+def _level_bytes(model: ModelConfig, costs: list[LinearCost], precision: Precision, recompute: Recompute) -> int:
+    """`block_activation_bytes` of a level: what lost.train.recompute names, and the block's input."""
+    width = WIDTHS[precision]
+    if recompute in REMADE_LEVELS:
+        # The inputs of the two norms, gate and up.
+        kept = 2 * model.hidden_size * width.weight + 2 * model.intermediate_size * width.compute
+        # What the layers behind norms and product read.
+        read = (2 * model.hidden_size + model.intermediate_size) * width.compute if recompute == "p0" else 0
+        return kept + read + _attention_and_layer_bytes(model, costs, width)
+    # The input is in the dtype of the residuals, o_proj's output and what the down factors give in that of products.
+    kept = model.hidden_size * (width.weight + width.compute) + sum_of(costs, "low_rank_values") * width.compute
+    if recompute == "p3":
+        return kept
+    key_value = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
+    return kept + 2 * (model.hidden_size + key_value) * width.compute + model.num_attention_heads * FLOAT32_BYTES
 
 
 def activation_bytes_per_token(
@@ -131,13 +158,10 @@ def memory_per_device(
 ) -> Memory:
     """Peak of a training step with the whole model and its optimizer on the device (single or ddp)."""
     tokens = micro_batch_size * seq_len
-    args = (model, parameterization, tokens, precision, recompute)
     phases = {
-        "end of the forward pass": _forward_bytes(model, parameterization, tokens, precision),
-        "loss, forward": _loss_forward_bytes(*args),
-        "loss, backward": _loss_backward_bytes(*args),
-        "lm_head, backward": _head_backward_bytes(*args),
-        "block, backward": _block_backward_bytes(*args),
+        "loss": _loss_bytes(model, parameterization, tokens, precision),
+        "lm_head, backward": _head_backward_bytes(model, tokens, precision),
+        "block, backward": _block_backward_bytes(model, parameterization, tokens, precision, recompute),
     }
     worst = max(phases, key=lambda phase: phases[phase])
     return Memory(
@@ -148,54 +172,22 @@ def memory_per_device(
     )
 
 
-def _forward_bytes(
-    model: ModelConfig, parameterization: ParameterizationConfig, tokens: int, precision: Precision
-) -> int:
-    """Logits, while autocast still holds its copy of every weight."""
-    casts = _cast_bytes(linear_costs(model, parameterization), precision)
-    return tokens * model.vocab_size * WIDTHS[precision].compute + casts
-
-
-def _loss_forward_bytes(
-    model: ModelConfig,
-    parameterization: ParameterizationConfig,
-    tokens: int,
-    precision: Precision,
-    recompute: Recompute,
-) -> int:
-    """Logits, their float32 copy and log-softmax."""
+def _loss_bytes(model: ModelConfig, parameterization: ParameterizationConfig, tokens: int, precision: Precision) -> int:
+    """Logits of one chunk and the gradients of head and hidden states, while autocast holds copies of all weights."""
     width = WIDTHS[precision]
-    copy = 0 if width.compute == FLOAT32_BYTES else FLOAT32_BYTES
-    per_token = model.vocab_size * (width.compute + copy + FLOAT32_BYTES)
-    return tokens * per_token + _kept_cast_bytes(model, parameterization, precision, recompute)
-
-
-def _loss_backward_bytes(
-    model: ModelConfig,
-    parameterization: ParameterizationConfig,
-    tokens: int,
-    precision: Precision,
-    recompute: Recompute,
-) -> int:
-    """The float32 log-softmax, its gradient and that of the logits."""
-    per_token = 3 * model.vocab_size * FLOAT32_BYTES
-    return tokens * per_token + _kept_cast_bytes(model, parameterization, precision, recompute)
-
-
-def _head_backward_bytes(
-    model: ModelConfig,
-    parameterization: ParameterizationConfig,
-    tokens: int,
-    precision: Precision,
-    recompute: Recompute,
-) -> int:
-    """The gradient of the logits and that of lm_head's weight before it is added to the sum over micro-batches."""
-    width = WIDTHS[precision]
-    logits = tokens * model.vocab_size * width.compute
     num_weights = model.vocab_size * model.hidden_size
-    kept = _kept_cast_bytes(model, parameterization, precision, recompute)
-    # Autocast's gradient is widened once the products are done, and the cast weight and the logits' gradient freed.
-    return kept + max(logits + num_weights * width.compute, num_weights * width.weight)
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.vocab_size * (width.compute + FLOAT32_BYTES)
+    # In a lower precision the chunk's gradient of the weight is a tensor of its own before it is added.
+    product = num_weights * width.compute if width.compute < FLOAT32_BYTES else 0
+    logits_or_product = max(chunk, min(tokens, LOSS_CHUNK_TOKENS) * model.vocab_size * width.compute + product)
+    gradients = num_weights * FLOAT32_BYTES + tokens * model.hidden_size * width.compute
+    return logits_or_product + gradients + _cast_bytes(linear_costs(model, parameterization), precision)
+
+
+def _head_backward_bytes(model: ModelConfig, tokens: int, precision: Precision) -> int:
+    """The two gradients that the loss has made, and their products with its own."""
+    width = WIDTHS[precision]
+    return 2 * model.hidden_size * (model.vocab_size * width.weight + tokens * width.compute)
 
 
 def _block_backward_bytes(
@@ -205,37 +197,36 @@ def _block_backward_bytes(
     precision: Precision,
     recompute: Recompute,
 ) -> int:
-    """Gradients inside one block, its largest weight's before it is added, and the block if it is recomputed."""
+    """Gradients inside one block, its largest weight's before it is added, and what of the block is made again."""
     width = WIDTHS[precision]
     largest = max(cost.num_parameters for cost in linear_costs(model, parameterization)[:-1]) * width.weight
-    if recompute != "block":
+    if recompute == "none" or recompute in REMADE_LEVELS:
         casts = _cast_bytes(linear_costs(model, parameterization)[:-1], precision)
-        # What lives together beside the block's activations, from the order of autograd's operations.
-        gradients = (3 * model.intermediate_size + 2 * model.hidden_size) * width.compute
+        # What lives together beside the block's activations, from the order of autograd's operations. Of a level,
+        # the remade silu(gate) too.
+        num_products = 3 if recompute == "none" else 4
+        gradients = (num_products * model.intermediate_size + 2 * model.hidden_size) * width.compute
         return largest + casts + tokens * gradients
-    # The block's input is kept anyway; the first gradient is that of the MLP's product, when all is recomputed.
-    per_token = model.intermediate_size * width.compute - model.hidden_size * width.weight
-    blocks = _by_block(model, parameterization)
-    recomputed = max(
-        tokens * (per_token + block_activation_bytes(model, costs, precision, recompute))
-        + _cast_bytes(costs, precision)
-        for costs in blocks
+    # The first gradient is that of the MLP's product, when all has been made again beside what was kept.
+    per_token = model.intermediate_size * width.compute
+    return largest + max(
+        tokens * (per_token + _made_again_bytes(model, costs, precision, recompute)) + _cast_bytes(costs, precision)
+        for costs in _by_block(model, parameterization)
     )
-    return largest + recomputed
+
+
+def _made_again_bytes(model: ModelConfig, costs: list[LinearCost], precision: Precision, recompute: Recompute) -> int:
+    """Bytes per token of one block that exist during its backward pass only."""
+    whole = block_activation_bytes(model, costs, precision, "none")
+    if recompute == "block":
+        return whole - model.hidden_size * WIDTHS[precision].weight
+    return whole - _level_bytes(model, costs, precision, recompute)
 
 
 def _cast_bytes(costs: list[LinearCost], precision: Precision) -> int:
     """Autocast's copies of the weights of these layers."""
     width = WIDTHS[precision]
     return sum(cost.num_cast_weights for cost in costs) * width.compute if width.is_autocast else 0
-
-
-def _kept_cast_bytes(
-    model: ModelConfig, parameterization: ParameterizationConfig, precision: Precision, recompute: Recompute
-) -> int:
-    """Those that the backward pass needs: all, or lm_head's alone where the blocks cast again."""
-    costs = linear_costs(model, parameterization)
-    return _cast_bytes(costs[-1:] if recompute == "block" else costs, precision)
 
 
 def _by_block(model: ModelConfig, parameterization: ParameterizationConfig) -> list[list[LinearCost]]:

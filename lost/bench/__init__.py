@@ -11,6 +11,10 @@ def run(config: "BenchConfig") -> "BenchResult":
     """Times what `config.what` names, prints the table and writes the JSON if `config.to` is set."""
     if config.what == "layer":
         from lost.bench.layer import bench_layer as bench
+    elif config.what == "block":
+        from lost.bench.block import bench_block as bench
+    elif config.what == "memory":
+        from lost.bench.memory import bench_memory as bench
     elif config.what == "checkpoint":
         from lost.bench.checkpoint import bench_checkpoint as bench
     elif config.what == "loop":

@@ -1,4 +1,4 @@
-"""A whole training step (forward, backward, AdamW) of one architecture: dense against LOST, on random tokens."""
+"""A whole training step (forward, backward, AdamW) of one architecture on random tokens, every arm with one loss."""
 
 from collections.abc import Callable
 
@@ -6,25 +6,27 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from lost.bench.arms import REFERENCE, bytes_of, chosen, compile_blocks, model_of, with_compiled, works_of_step
 from lost.bench.fresh import random_ids
+from lost.bench.machine import measure_machine
+from lost.bench.peers import PEERS
 from lost.bench.result import Arm, BenchResult
-from lost.bench.timing import NUM_WARMUP_ROUNDS, SavedBytes, time_interleaved
-from lost.config.model import DenseConfig
-from lost.config.runtime import RuntimeConfig
+from lost.bench.timing import NUM_WARMUP_ROUNDS, time_interleaved
+from lost.bench.verify import autocast_of, verify_blocks, verify_loss
 from lost.config.schema import BenchConfig
 from lost.config.training import AdamWConfig
-from lost.model import build_model
+from lost.train.loss import model_loss_sum
 from lost.train.optim import build_optimizer
 from lost.train.runtime import pick_device, pick_precision, set_num_threads
-from lost.train.wrap import set_recompute
 from lost.utils.errors import ConfigError
 
 
 def bench_step(config: BenchConfig) -> BenchResult:
-    """Times of training steps on num_tokens // seq_len rows of random tokens, with the default recomputation.
+    """Times of training steps on num_tokens // seq_len rows of random tokens, with `recompute` for dense and LOST.
 
     Raises:
         ConfigError: num_tokens is no multiple of seq_len, or a row is longer than the model takes.
+        TrainingError: the operators of a LOST layer or of the loss are wrong here.
     """
     if config.num_tokens % config.seq_len:
         raise ConfigError(
@@ -39,19 +41,24 @@ def bench_step(config: BenchConfig) -> BenchResult:
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
-    forms = {"dense": DenseConfig(), "lost": config.parameterization}
-    models = {
-        name: build_model(config.model, form, seed=0, device=device, dtype=dtype).train()
-        for name, form in forms.items()
-    }
-    for model in models.values():
-        set_recompute(model, RuntimeConfig().recompute)
+    usual = [f"dense {config.recompute}", REFERENCE, f"lost {config.recompute}"]
+    names = chosen(config, usual, device, more=PEERS, has_levels=True)
+
+    def make(name: str, is_compiled: bool) -> PreTrainedModel:
+        net = model_of(config, name, config.model, device, dtype, is_compiled=is_compiled)
+        if is_compiled:
+            compile_blocks(net)
+        return net
+
+    models = with_compiled(config, make, names)
     ids = random_ids(config, device)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    verify_blocks([model.model.layers[0] for model in models.values()], precision)
+    verify_loss(models[names[0]].lm_head, precision)
+    autocast = autocast_of(precision, device)
 
     def loss_of(model: PreTrainedModel) -> torch.Tensor:
         with autocast:
-            return model(input_ids=ids, labels=ids, use_cache=False).loss
+            return model_loss_sum(model, model, {"input_ids": ids}, ids) / ids.numel()
 
     def training_step(model: PreTrainedModel) -> Callable[[], None]:
         optimizer = build_optimizer(model, AdamWConfig(learning_rate=1e-4), device)
@@ -71,8 +78,12 @@ def bench_step(config: BenchConfig) -> BenchResult:
         )
     arms = {}
     for name, model in models.items():
-        with SavedBytes([*model.parameters(), *model.buffers(), ids]).counting() as saved:
-            loss_of(model)
-        arms[name] = Arm(timings[name], sum(p.numel() for p in model.parameters()), saved.num_bytes)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        works = works_of_step(config, name, config.model, config.num_tokens, *bytes_of(precision))
+        arms[name] = Arm(timings[name], num_parameters, 0, works=works)
+    machine = measure_machine(device, torch.float32 if precision == "fp32" else torch.bfloat16)
     title = f"training step of {config.model.name}: {ids.shape[0]} rows of {ids.shape[1]} tokens"
-    return BenchResult(config, title, config.num_tokens, device, precision, torch.get_num_threads(), arms)
+    num_threads = torch.get_num_threads()
+    return BenchResult(
+        config, title, config.num_tokens, device, precision, num_threads, arms, base=names[0], machine=machine
+    )

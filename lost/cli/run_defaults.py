@@ -1,4 +1,4 @@
-"""`lost evaluate source=<run>` without a word about data takes the data that the run was trained on; so does convert."""
+"""`lost evaluate source=<run>` without a word about data takes the data that the run was trained on; convert too."""
 
 from pathlib import Path
 from typing import Any

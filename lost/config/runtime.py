@@ -39,10 +39,17 @@ class RuntimeConfig(DeviceConfig):
         "how long processes wait for each other before they stop with an error", 1800, at_least=1, unit="s"
     )
     compile: bool = setting("torch.compile every block", False)
-    recompute: Literal["none", "p0", "block"] = setting(
-        "what the backward pass makes again to save memory: p0: the input of the up factor of every LOST layer (cheap);"
-        " block: whole blocks; none: nothing, the fastest on a CPU",
-        "p0",
+    kernels: Literal["auto", "reference", "grouped", "triton"] = setting(
+        "how LOST layers are computed: reference: autograd of the definition; grouped: operators with a hand-written"
+        " backward pass, layers that read one input together; triton: the same with Triton kernels, on CUDA;"
+        " auto: triton on CUDA, else grouped (selection_axis = rows: always the reference)",
+        "auto",
+    )
+    recompute: Literal["none", "p0", "p1", "p2", "p3", "block"] = setting(
+        "what the backward pass makes again to save memory, from the least to the most: none; p0: inside of norms and"
+        " SwiGLU; p1: everything between the matrix products; p2: also gate and up; p3: also q, k, v and attention, so"
+        " that low-rank activations and residuals are kept; block: whole blocks",
+        "p1",
     )
     profile_steps: int = setting(
         "steps traced with torch's profiler into run_dir/profile, after three steps; 0 = none",

@@ -72,17 +72,26 @@ class BenchConfig(Section):
     model: ModelConfig = setting("architecture; what=layer has its own sizes")
     parameterization: LostConfig = setting("the LOST arm")
     runtime: DeviceConfig = setting("device and precision")
-    what: Literal["layer", "step", "loop", "checkpoint", "generate"] = setting(
-        "layer: one linear layer; step: forward, backward and update of a model; loop: what the training loop adds;"
-        " checkpoint: saving and resuming; generate: decoding with a KV cache",
+    what: Literal["layer", "block", "step", "memory", "loop", "checkpoint", "generate"] = setting(
+        "layer: one linear layer; block: one block of a model; step: forward, backward and update of a model; memory:"
+        " the peak of a step at every level of recomputation; loop: what the training loop adds; checkpoint: saving and"
+        " resuming; generate: decoding with a KV cache",
         "layer",
+    )
+    arms: list[str] = setting("arms of layer, block, step and memory, besides the first; empty: the usual ones", [])
+    compiled: bool = setting("layer, block, step: every arm also through torch.compile", False)
+    recompute: Literal["none", "p0", "p1", "p2", "p3", "block"] = setting(
+        "what=step: what dense and LOST make again in the backward pass", "p1"
     )
     in_features: int = setting("input width of what=layer", 1024, at_least=1)
     out_features: int = setting("output width of what=layer", 1024, at_least=1)
     lost_rank: CountOrFraction = setting("rank of what=layer; what=step takes parameterization.lost_rank", 256)
     num_tokens: int = setting("tokens of one call", 2048, at_least=1, unit="tokens")
     seq_len: int = setting(
-        "row length of what=step, loop and checkpoint; prompt of generate", 256, at_least=2, unit="tokens"
+        "row length of what=block, step, memory, loop and checkpoint; prompt of generate",
+        256,
+        at_least=2,
+        unit="tokens",
     )
     new_tokens: int = setting("tokens that a call of what=generate decodes", 16, at_least=1, unit="tokens")
     num_prompts: int = setting("sequences of what=generate, seq_len tokens long before", 1, at_least=1)

@@ -118,12 +118,23 @@ def process_problems(runtime: RuntimeConfig) -> list[str]:
 
 
 def zero_problems(runtime: RuntimeConfig) -> list[str]:
-    if not runtime.name.startswith("zero") or runtime.precision != "pure_bf16":
+    if not runtime.name.startswith("zero"):
         return []
-    return [
-        f"runtime.precision = pure_bf16 with runtime={runtime.name}: DeepSpeed keeps float32 weights beside those that"
-        " it multiplies; use runtime.precision=bf16, or runtime=fsdp2 or ddp"
-    ]
+    problems = []
+    if runtime.precision == "pure_bf16":
+        problems.append(
+            f"runtime.precision = pure_bf16 with runtime={runtime.name}: DeepSpeed keeps float32 weights beside those"
+            " that it multiplies; use runtime.precision=bf16, or runtime=fsdp2 or ddp"
+        )
+    is_by_operators = runtime.recompute in ("p2", "p3") or (runtime.compile and runtime.recompute in ("p0", "p1"))
+    if runtime.name == "zero3" and is_by_operators:
+        compiled = ", runtime.compile = true" if runtime.compile else ""
+        problems.append(
+            f"runtime.recompute = {runtime.recompute}{compiled} with runtime=zero3: DeepSpeed gathers parameters at"
+            " other moments when a block is made again in parts; use runtime.recompute=none or"
+            f" {'block' if runtime.compile else 'p1 or block'}, or runtime=fsdp2"
+        )
+    return problems
 
 
 def profile_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[str]:

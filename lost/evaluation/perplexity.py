@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from lost_kernels.cross_entropy import token_cross_entropy
 from torch import Tensor, nn
 
+from lost.model.head import head_gives, plain_head
 from lost.utils.errors import DataError
 from lost.utils.labels import IGNORED_LABEL, next_token_labels
 
@@ -145,13 +147,25 @@ def rows_to_read(rows: Rows, max_tokens: int, rows_at_a_time: int) -> int:
 def batch_sums(model: nn.Module, batch: dict[str, Tensor], device: torch.device | str) -> Tensor:
     """Loss, predicted tokens and labelled tokens of every row of one forward, float64 [n, 3] on the CPU."""
     inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"]
     # Position t predicts label t + 1; the last position predicts nothing.
     targets = next_token_labels(labels)
-    losses = token_losses(logits, targets.to(device)).cpu().double()
+    losses = model_token_losses(model, inputs, targets.to(device)).cpu().double()
     columns = [losses.sum(1), (targets != IGNORED_LABEL).sum(1), (labels != IGNORED_LABEL).sum(1)]
     return torch.stack([column.double() for column in columns], dim=1)
+
+
+def model_token_losses(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """Cross-entropy of every position in float32, [n, T]; a LLaMA's logits never exist as a whole."""
+    head = plain_head(model)
+    if head is None:
+        return token_losses(model(**inputs, use_cache=False).logits, targets)
+
+    def losses(hidden: Tensor, weight: Tensor) -> Tensor:
+        return token_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten()).view(targets.shape)
+
+    with head_gives(head, losses):
+        return model(**inputs, use_cache=False).logits
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lost.finetune.labelled import GLUE, Examples, LabelledSets, identity_of, re
 from lost.finetune.metrics import classification_metrics, regression_metrics
 from lost.finetune.rows import LabelledRows, is_whole, read_facts, write_facts
 from lost.finetune.tokens import PairEncoder, fingerprint_of, pad_id_of
-from lost.train.objective import Classification, Objective, Regression
+from lost.train.objective import Classification, Regression
 from lost.train.trainer import Run
 from lost.utils.errors import DataError
 from lost.utils.files import cache_folder
@@ -50,7 +50,7 @@ class LabelledData:
     fingerprint: str
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> Classification:
         return Classification() if self.label_names else Regression()
 
 
@@ -135,7 +135,7 @@ def evaluate_labelled(run: Run, data: LabelledData, micro_batch_size: int) -> Ev
 def metrics_of(logits: torch.Tensor, rows: LabelledRows, data: LabelledData) -> dict[str, float | int]:
     """Loss and metrics of logits float32 [N, C]."""
     labels = torch.from_numpy(np.array(rows.array("labels")))
-    loss = float(data.objective.loss_sum(logits, labels)) / len(labels)
+    loss = float(data.objective.loss_of(logits, labels)) / len(labels)
     count = {"loss": loss, "examples": len(labels)}
     if not data.label_names:
         return count | regression_metrics(logits.squeeze(1).double().numpy(), labels.double().numpy())

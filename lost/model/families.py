@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from lost.config.model import ParameterizationConfig
 from lost.config.section import build, to_dict
+from lost.model.blocks import LostLlamaAttention, LostLlamaMLP, LostLlamaRMSNorm
 from lost.model.lost_init import FreshWeight
 from lost.model.parameterizations import parameterization_of
 from lost.model.split import write
@@ -104,9 +105,17 @@ class LostLlamaModel(LostLlamaPreTrainedModel, LlamaModel):
         device = torch.get_default_device()
         with torch.device("meta"):
             super().__init__(config)
+            for index, block in enumerate(self.layers):
+                block.self_attn, block.mlp = LostLlamaAttention(config, index), LostLlamaMLP(config)
+                block.input_layernorm, block.post_attention_layernorm = _norm(config), _norm(config)
+            self.norm = _norm(config)
             if not is_part_of_causal_lm:
                 swap_linears(Shell(self), config)
         self._materialise(device)
+
+
+def _norm(config: LostLlamaConfig) -> LostLlamaRMSNorm:
+    return LostLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class LostLlamaForCausalLM(LostLlamaPreTrainedModel, LlamaForCausalLM):

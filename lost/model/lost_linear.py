@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-from lost_kernels.lost_linear import lost_linear
+from lost_kernels.lost_linear import LostWeights, lost_linear
 from torch import Tensor, nn
 
 from lost.accounting.targets import kept_count, rank_count
@@ -68,8 +68,8 @@ class LostLinear(nn.Module):
     sparse_index: Tensor | None
     bias: nn.Parameter | None
     gamma: float | nn.Parameter | None
-    # The backward pass makes act(h) again instead of keeping it: set by the training runtime (recompute=p0).
-    recompute_z: bool = False
+    # How the map is computed (`lost_kernels.lost_linear`): set by the training runtime (runtime.kernels).
+    kernels: str = "auto"
 
     def __init__(
         self,
@@ -237,6 +237,12 @@ class LostLinear(nn.Module):
         for name, value in values.items():
             getattr(self, name).copy_(value)
 
+    @property
+    def weights(self) -> LostWeights:
+        return LostWeights(
+            self.low_rank_down, self.low_rank_up, self.sparse_weight, self.sparse_index, self.gamma, self.bias
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         return lost_linear(
             x,
@@ -248,7 +254,7 @@ class LostLinear(nn.Module):
             self.activation,
             self.bias,
             selection_axis=self.selection_axis,
-            recompute_z=self.recompute_z,
+            kernels=self.kernels,
         )
 
     @torch.no_grad()

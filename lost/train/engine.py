@@ -9,11 +9,12 @@ from torch import nn
 
 from lost.config.runtime import RuntimeConfig
 from lost.config.training import OptimizerConfig
+from lost.train import zero_setup
 from lost.train.norms import clip_gradients, group_norms
 from lost.train.optim import build_optimizer, empty_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
 from lost.train.runtime import Runtime
 from lost.train.shard import shard_model
-from lost.train.wrap import blocks, set_recompute
+from lost.train.wrap import blocks, set_kernels, set_recompute
 from lost.utils.tensors import whole_of
 
 # Gives a model without values (on the meta device, maybe sharded) its memory and its values.
@@ -129,7 +130,9 @@ def build_engine(
         model: on the meta device, unless `fill` leaves it as it is.
         fill: called once, when the model is sharded if the runtime shards it.
     """
-    set_recompute(model, config.recompute)
+    set_kernels(model, runtime.kernels)
+    min_moved = zero_setup.WHOLE_BELOW if runtime.zero_stage == 3 else None
+    set_recompute(model, config.recompute, is_traced=config.compile, min_moved=min_moved)
     if config.compile:
         for block in blocks(model):
             block.compile()

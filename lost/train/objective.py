@@ -3,9 +3,10 @@
 from typing import Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from lost.train.loss import token_loss_sum
+from lost.train.loss import model_loss_sum
 from lost.utils.labels import count_label_tokens
 
 Batch = dict[str, torch.Tensor]
@@ -22,8 +23,15 @@ class Objective(Protocol):
         """Tokens that the step has trained on, for tokens_seen and tokens_per_second."""
         ...
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the losses of the labels, float32 []."""
+    def loss_sum(self, wrapped: nn.Module, model: nn.Module, inputs: Batch, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of the losses of the labels, float32 [].
+
+        Args:
+            wrapped: what the forward of training goes through; gives an output with `.logits`.
+            model: what it wraps.
+            inputs: arguments of the forward.
+            labels: of the micro-batch.
+        """
         ...
 
 
@@ -36,8 +44,8 @@ class NextToken:
     def num_tokens(self, batch: Batch) -> int:
         return self.num_labels(batch)
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return token_loss_sum(logits, labels)
+    def loss_sum(self, wrapped: nn.Module, model: nn.Module, inputs: Batch, labels: torch.Tensor) -> torch.Tensor:
+        return model_loss_sum(wrapped, model, inputs, labels)
 
 
 class Classification:
@@ -49,12 +57,15 @@ class Classification:
     def num_tokens(self, batch: Batch) -> int:
         return int(batch["attention_mask"].sum())
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_sum(self, wrapped: nn.Module, model: nn.Module, inputs: Batch, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        return self.loss_of(wrapped(**inputs, use_cache=False).logits, labels)
+
+    def loss_of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 class Regression(Classification):
     """One number a row: squared error of logits [B, 1] against labels float32 [B]."""
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(logits.float().squeeze(1), labels, reduction="sum")

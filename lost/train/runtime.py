@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from lost_kernels.lost_linear import kernels_for
 from torch.distributed.rendezvous import rendezvous
 
 from lost.config.runtime import DeviceConfig, RuntimeConfig
@@ -44,6 +45,9 @@ class Runtime:
     name: str
     # Of gloo, beside the one that training uses: what checkpoints exchange while training goes on.
     checkpoint_group: dist.ProcessGroup | None
+    # How LOST layers are computed, and why so.
+    kernels: str
+    kernels_reason: str
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +91,7 @@ class Runtime:
         kind = "process" if self.num_processes == 1 else "processes"
         return (
             f"{self.name}: {self.num_processes} {kind} on {name}, {self.precision},"
-            f" {torch.get_num_threads()} CPU threads a process"
+            f" {torch.get_num_threads()} CPU threads a process; LOST kernels: {self.kernels} ({self.kernels_reason})"
         )
 
     def peak_tflops(self, configured: float) -> float:
@@ -131,6 +135,25 @@ def pick_precision(wanted: str, device: torch.device) -> str:
     return wanted
 
 
+def pick_kernels(wanted: str, device: torch.device) -> tuple[str, str]:
+    """reference, grouped or triton, and the reason in words.
+
+    Raises:
+        ConfigError: triton without a CUDA device or without its package.
+    """
+    found = kernels_for(device.type)
+    if wanted == "triton" and found != wanted:
+        missing = "the package triton is not installed" if device.type == "cuda" else f"the device is {device.type}"
+        raise ConfigError(
+            f"runtime.kernels = triton: needs a CUDA device and triton, and {missing}; use grouped or auto"
+        )
+    if wanted != "auto":
+        return wanted, "as set"
+    if device.type != "cuda":
+        return found, f"auto: the device is {device.type}"
+    return found, "auto: CUDA and triton are there" if found == "triton" else "auto: the package triton is missing"
+
+
 def set_num_threads(config: DeviceConfig) -> None:
     """As configured; else this process's share of the cores where torchrun would leave it with one thread."""
     num_threads = config.num_threads or num_own_threads()
@@ -150,6 +173,7 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
         raise ConfigError(f"runtime = single, but {launched} processes were launched: use runtime=ddp, fsdp2 or auto")
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
+    kernels, kernels_reason = pick_kernels(config.kernels, device)
     if device.type == "cpu":
         # accelerate looks at DeepSpeed while saving; told where it is, DeepSpeed does not warn about a missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -173,7 +197,7 @@ def start_runtime(config: RuntimeConfig) -> Runtime:
     if launched > 1:
         checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_seconds))
         assert isinstance(checkpoint_group, dist.ProcessGroup)
-    return Runtime(accelerator, precision, name, checkpoint_group)
+    return Runtime(accelerator, precision, name, checkpoint_group, kernels, kernels_reason)
 
 
 def join_processes(device: torch.device, launched: int, timeout: timedelta) -> None:

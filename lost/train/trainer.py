@@ -216,8 +216,7 @@ def forward_loss_sum(run: Run, batch: Batch) -> torch.Tensor:
     inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     labels = inputs.pop("labels")
     with run.runtime.autocast():
-        logits = run.engine.wrapped(**inputs, use_cache=False).logits
-    return run.objective.loss_sum(logits, labels)
+        return run.objective.loss_sum(run.engine.wrapped, run.engine.model, inputs, labels)
 
 
 def count_over_processes(run: Run, micro_batches: list[Batch]) -> tuple[int, int, int]:

@@ -83,6 +83,24 @@ def smoothed(values: list[float], reach: int) -> list[float]:
     return result
 
 
+def plot_arms(path: Path, title: str, label: str, arms: dict[str, tuple[float, float, float]]) -> None:
+    """Horizontal bars of (value, low, high) by name into the PNG at `path`, the first on top; 1 is marked."""
+    figure = Figure(figsize=(_SIZE_INCHES[0], 1.2 + 0.4 * len(arms)), dpi=_DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    values = [value for value, _, _ in arms.values()]
+    # A median of few rounds may lie outside the quantiles of its ratios by rounding.
+    spreads = [[max(0.0, v - low) for v, low, _ in arms.values()], [max(0.0, high - v) for v, _, high in arms.values()]]
+    bars = axes.barh(list(arms), values, xerr=spreads, color=_BLUE, ecolor=_GREY)
+    axes.bar_label(bars, fmt="%.2f", padding=6)
+    axes.axvline(1.0, color=_ORANGE, linewidth=1)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
 def _draw_loss(axes: Axes, lines: list[dict[str, Any]]) -> bool:
     train = series(lines, "loss")
     validation = {key: series(lines, key) for key in _validation_keys(lines)}

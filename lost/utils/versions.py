@@ -61,7 +61,8 @@ def _commit() -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD") if is_tracked else None
     if commit is None:
         return {"commit": os.environ.get("LOST_COMMIT") or None, "is_dirty": None}
-    status = _git("status", "--porcelain")
+    # Files that `lost bench` adds to its history are no change of the code that it measures next.
+    status = _git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results")
     return {"commit": commit, "is_dirty": None if status is None else bool(status)}
 
 

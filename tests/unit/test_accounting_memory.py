@@ -7,11 +7,11 @@ from torch import nn
 from lost.accounting import GIB, memory_per_device, state_bytes
 from lost.accounting.costs import linear_costs
 from lost.accounting.memory import block_activation_bytes
+from lost.bench.live_memory import LiveBytes, bytes_kept_by
 from lost.cli.plan import packaged_model
 from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model import build_model
-from lost.testing.live_memory import LiveBytes
-from lost.train.loss import token_loss_sum
+from lost.train.loss import model_loss_sum
 from lost.train.wrap import set_recompute
 
 NUM_ROWS, SEQ_LEN = 2, 48
@@ -121,13 +121,27 @@ def kept_by_a_block(model: ModelConfig, form, precision: str, recompute: str) ->
     return sum(storage.nbytes() for storage in kept.values()) / (NUM_ROWS * SEQ_LEN)
 
 
-@pytest.mark.parametrize("recompute", ["none", "p0"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_block_keeps_what_is_counted(form, precision, recompute):
+def test_a_block_keeps_what_is_counted(form, precision):
     model = narrow()
-    counted = block_activation_bytes(model, linear_costs(model, form)[:7], precision, recompute)
-    assert counted == pytest.approx(kept_by_a_block(model, form, precision, recompute), rel=0.03)
+    counted = block_activation_bytes(model, linear_costs(model, form)[:7], precision, "none")
+    assert counted == pytest.approx(kept_by_a_block(model, form, precision, "none"), rel=0.03)
+
+
+@pytest.mark.parametrize("recompute", ["p0", "p1", "p2", "p3"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_block_that_is_made_again_keeps_what_is_counted(form, precision, recompute):
+    model = narrow()
+    net = build_model(model, form, seed=0, dtype=dtype_of(precision)).train()
+    set_recompute(net, recompute)
+    costs = linear_costs(model, form)[:7]
+    counted = block_activation_bytes(model, costs, precision, recompute)
+    if precision == "bf16" and recompute in ("p0", "p1"):
+        # Autocast's copies of weights in bfloat16, which the plan counts with the work of the step.
+        counted += 2 * sum(cost.num_cast_weights for cost in costs) / (NUM_ROWS * SEQ_LEN)
+    assert counted == pytest.approx(bytes_kept_by(net, autocast(precision), NUM_ROWS, SEQ_LEN), rel=0.03)
 
 
 def test_a_60m_block_in_the_published_unit():
@@ -147,8 +161,7 @@ def live_bytes_of_a_step(model: ModelConfig, form, precision: str, recompute: st
 
     def loss() -> torch.Tensor:
         with autocast(precision):
-            logits = net(input_ids=ids, use_cache=False).logits
-        return token_loss_sum(logits, ids)
+            return model_loss_sum(net, net, {"input_ids": ids}, ids)
 
     with LiveBytes() as live:
         loss().backward()
@@ -156,7 +169,7 @@ def live_bytes_of_a_step(model: ModelConfig, form, precision: str, recompute: st
 
 
 @pytest.mark.parametrize("vocab_size", [500, 4000])
-@pytest.mark.parametrize("recompute", ["none", "p0", "block"])
+@pytest.mark.parametrize("recompute", ["none", "p1", "p3", "block"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", [FORMS["dense"], FORMS["lost"]], ids=["dense", "lost"])
 def test_the_peak_of_a_step(form, precision, recompute, vocab_size):

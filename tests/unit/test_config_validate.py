@@ -237,6 +237,22 @@ def test_mistakes_of_one_section_are_listed_together(case):
     assert len(found) == len(starts), found
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_refused"),
+    [
+        (["runtime.recompute=p1"], False),
+        (["runtime.recompute=block", "runtime.compile=true"], False),
+        (["runtime.recompute=p2"], True),
+        (["runtime.recompute=p3"], True),
+        (["runtime.recompute=p1", "runtime.compile=true"], True),
+    ],
+)
+def test_levels_that_zero3_cannot_have(overrides, is_refused):
+    found = every_problem("runtime=zero3", *overrides)
+    assert [problem.startswith("runtime.recompute = p") for problem in found] == [True] * is_refused
+    assert every_problem("runtime=zero2", *overrides) == []
+
+
 @pytest.mark.parametrize("case", ALONE)
 def test_a_wrong_value_brings_no_second_message(case):
     found = every_problem(*ALONE[case])

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lost.bench.live_memory import LiveBytes
 from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model import LostLinear, LostLlamaForCausalLM, build_model
-from lost.testing.live_memory import LiveBytes
 from lost.utils.errors import ConfigError, LostError
 
 

@@ -1,0 +1,67 @@
+"""Head and cross-entropy a chunk of tokens at a time, so that the logits never exist as a whole.
+
+Shapes: M tokens, C tokens of a chunk, D hidden_size, V vocab_size.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lost_kernels.cross_entropy.reference import IGNORED_TARGET
+
+
+def losses_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, *, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Token losses and the gradients of their sum; those that are not needed are None.
+
+    Args:
+        hidden: [M, D], in the dtype of the products.
+        weight: [V, D]; cast to the dtype of `hidden` for the products.
+        targets: int64 [M], -100: no loss.
+        chunk_tokens: C.
+
+    Returns:
+        (losses [M] in float32 or better, d hidden [M, D] in its dtype, d weight [V, D] in the weight's dtype).
+
+    Numerics: the gradient of the weight is summed over the chunks in float32 or better and rounded once.
+    """
+    used = weight.to(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_empty(hidden.shape[0], dtype=wide)
+    d_hidden = torch.empty_like(hidden) if needs_hidden else None
+    d_weight = hidden.new_zeros(weight.shape, dtype=wide) if needs_weight else None
+    for rows in _chunks(hidden.shape[0], chunk_tokens):
+        is_ignored = targets[rows] == IGNORED_TARGET
+        # Any column will do for a token without loss.
+        columns = targets[rows].masked_fill(is_ignored, 0)[:, None]
+        log_p = F.log_softmax(hidden[rows] @ used.T, dim=1, dtype=wide)
+        losses[rows] = -log_p.gather(1, columns)[:, 0].masked_fill(is_ignored, 0)
+        if d_hidden is None and d_weight is None:
+            continue
+        d_logits = log_p.exp_().scatter_add_(1, columns, log_p.new_full((), -1).expand_as(columns)).to(hidden.dtype)
+        del log_p
+        # A token without loss is left out of the two products, which is less to write than its row of d_logits.
+        if d_hidden is not None:
+            d_hidden[rows] = (d_logits @ used).masked_fill_(is_ignored[:, None], 0)
+        if d_weight is not None:
+            counted = hidden[rows].masked_fill(is_ignored[:, None], 0)
+            _add_product(d_weight, d_logits.T, counted)
+        # Before the next chunk has logits.
+        del d_logits
+    return losses, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+
+
+def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, start + chunk_tokens)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, whatever the dtype of the product."""
+    if total.dtype is left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
