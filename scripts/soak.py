@@ -109,7 +109,7 @@ def soak(folder: Path, options: argparse.Namespace) -> int:
         f"checkpoint.every_steps={SAVE_STEPS}",
         f"checkpoint.background={options.background}",
         "evaluation.every_steps=50",
-        "runtime.timeout_seconds=60",
+        "runtime.timeout_seconds=30",
     ]
     launch = Forked if options.launcher == "fork" else Command
 
