@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from lost.testing.forked import Forked
@@ -53,14 +54,16 @@ class Command:
 
     def __exit__(self, *_: object) -> None:
         for pid in self._workers():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
 
     def send(self, index: int, number: signal.Signals) -> None:
         pids = self._workers()
         if index < len(pids):
-            os.kill(pids[index], number)
+            with suppress(ProcessLookupError):
+                os.kill(pids[index], number)
 
     def _workers(self) -> list[int]:
         """Process ids of the processes that train and still run, in the order of their indices."""
