@@ -5,6 +5,7 @@ import time
 import torch
 
 from lost.bench.arms import chosen, model_of
+from lost.bench.fresh import num_rows_of, random_ids
 from lost.bench.live_memory import LiveBytes
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import Timing
@@ -26,7 +27,7 @@ def bench_memory(config: BenchConfig) -> BenchResult:
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     arms = {name: measured(config, name, device, precision) for name in chosen(config, NAMES, device, has_levels=True)}
-    num_rows = max(1, config.num_tokens // config.seq_len)
+    num_rows = num_rows_of(config)
     title = f"memory of a training step of {config.model.name}: {num_rows} rows of {config.seq_len} tokens"
     num_threads = torch.get_num_threads()
     num_tokens = num_rows * config.seq_len
@@ -37,8 +38,7 @@ def measured(config: BenchConfig, name: str, device: torch.device, precision: st
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
     net = model_of(config, name, config.model, device, dtype)
     optimizer = build_optimizer(net, AdamWConfig(learning_rate=1e-4), device)
-    shape = max(1, config.num_tokens // config.seq_len), config.seq_len
-    ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    ids = random_ids(config, device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from lost.accounting import state_bytes
 from lost.accounting.costs import linear_costs
-from lost.accounting.memory import block_activation_bytes
+from lost.accounting.memory import REMADE_LEVELS, block_activation_bytes
 from lost.bench.live_memory import bytes_kept_by
 from lost.cli.plan import packaged_model
 from lost.config.model import DenseConfig, LostConfig, ModelConfig
@@ -18,7 +18,6 @@ from lost.model.lost_linear import LostLinear
 from lost.testing.numerics import assert_close, relative_rms_error
 from lost.testing.runs import losses, lost_here, tiny_run, write_corpus
 from lost.train.recompute import LEVELS
-from lost.train.remake import REMADE_LEVELS
 from lost.train.wrap import set_kernels, set_recompute
 
 # kB a token and block in bfloat16. Counted by hand: residuals, h, q, k, v, attention, gate, up (p1), and so on.
