@@ -13,7 +13,7 @@ from lost.config.schema import BenchConfig
 from lost.config.training import AdamWConfig
 from lost.train.loss import model_loss_sum
 from lost.train.optim import build_optimizer
-from lost.train.runtime import pick_device, pick_precision, set_num_threads
+from lost.train.runtime import pick_device, pick_precision, set_up_process
 
 NAMES = ["dense none", "dense p1", "lost none", "lost p0", "lost p1", "lost p2", "lost p3", "lost block"]
 
@@ -23,7 +23,7 @@ def bench_memory(config: BenchConfig) -> BenchResult:
 
     Times are of that one counted step, whose counting slows it: they compare nothing.
     """
-    set_num_threads(config.runtime)
+    set_up_process(config.runtime)
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     arms = {name: measured(config, name, device, precision) for name in chosen(config, NAMES, device, has_levels=True)}
