@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from lost.testing.forked import Forked
@@ -53,14 +54,16 @@ class Command:
 
     def __exit__(self, *_: object) -> None:
         for pid in self._workers():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
 
     def send(self, index: int, number: signal.Signals) -> None:
         pids = self._workers()
         if index < len(pids):
-            os.kill(pids[index], number)
+            with suppress(ProcessLookupError):
+                os.kill(pids[index], number)
 
     def _workers(self) -> list[int]:
         """Process ids of the processes that train and still run, in the order of their indices."""
@@ -109,7 +112,7 @@ def soak(folder: Path, options: argparse.Namespace) -> int:
         f"checkpoint.every_steps={SAVE_STEPS}",
         f"checkpoint.background={options.background}",
         "evaluation.every_steps=50",
-        "runtime.timeout_seconds=60",
+        "runtime.timeout_seconds=30",
     ]
     launch = Forked if options.launcher == "fork" else Command
 

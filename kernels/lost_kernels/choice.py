@@ -1,12 +1,19 @@
-"""What `kernels` means for operators that are no matrix product: Triton kernels, or the plain expression."""
+"""What `kernels` means: on which devices, and for what is no matrix product: Triton kernels, or plain torch."""
+
+import importlib.util
 
 import torch
 from torch import Tensor
 
-from lost_kernels.lost_linear import kernels_for
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # As runtime.kernels; grouped says nothing of these operators.
 CHOICES = ("auto", "reference", "grouped", "triton")
+
+
+def kernels_for(device_type: str) -> str:
+    """What `auto` means for tensors on a device of that type: triton on CUDA (ROCm too) where it is installed."""
+    return "triton" if device_type == "cuda" and HAS_TRITON else "grouped"
 
 
 def is_triton(kernels: str, values: Tensor) -> bool:

@@ -14,7 +14,7 @@ from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import time_interleaved
 from lost.bench.verify import autocast_of, verify_blocks
 from lost.config.schema import BenchConfig
-from lost.train.runtime import pick_device, pick_precision, set_num_threads
+from lost.train.runtime import pick_device, pick_precision, set_up_process
 
 
 def bench_block(config: BenchConfig) -> BenchResult:
@@ -23,7 +23,7 @@ def bench_block(config: BenchConfig) -> BenchResult:
     Raises:
         TrainingError: the operators of a LOST layer are wrong here.
     """
-    set_num_threads(config.runtime)
+    set_up_process(config.runtime)
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32

@@ -18,7 +18,7 @@ from lost.bench.timing import SavedBytes, time_interleaved
 from lost.bench.verify import autocast_of, verify_layers
 from lost.config.schema import BenchConfig
 from lost.model.lost_linear import LostLinear
-from lost.train.runtime import pick_device, pick_precision, set_num_threads
+from lost.train.runtime import pick_device, pick_precision, set_up_process
 from lost.utils.errors import ConfigError
 
 THREE_PRODUCTS = "three products"
@@ -59,7 +59,7 @@ def bench_layer(config: BenchConfig) -> BenchResult:
     """
     if config.parameterization.selection_axis == "rows":
         raise ConfigError("selection_axis = rows: the three products of this benchmark read columns; use what=step")
-    set_num_threads(config.runtime)
+    set_up_process(config.runtime)
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32

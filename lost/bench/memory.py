@@ -5,6 +5,7 @@ import time
 import torch
 
 from lost.bench.arms import chosen, model_of
+from lost.bench.fresh import num_rows_of, random_ids
 from lost.bench.live_memory import LiveBytes
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import Timing
@@ -12,7 +13,7 @@ from lost.config.schema import BenchConfig
 from lost.config.training import AdamWConfig
 from lost.train.loss import model_loss_sum
 from lost.train.optim import build_optimizer
-from lost.train.runtime import pick_device, pick_precision, set_num_threads
+from lost.train.runtime import pick_device, pick_precision, set_up_process
 
 NAMES = ["dense none", "dense p1", "lost none", "lost p0", "lost p1", "lost p2", "lost p3", "lost block"]
 
@@ -22,11 +23,11 @@ def bench_memory(config: BenchConfig) -> BenchResult:
 
     Times are of that one counted step, whose counting slows it: they compare nothing.
     """
-    set_num_threads(config.runtime)
+    set_up_process(config.runtime)
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     arms = {name: measured(config, name, device, precision) for name in chosen(config, NAMES, device, has_levels=True)}
-    num_rows = max(1, config.num_tokens // config.seq_len)
+    num_rows = num_rows_of(config)
     title = f"memory of a training step of {config.model.name}: {num_rows} rows of {config.seq_len} tokens"
     num_threads = torch.get_num_threads()
     num_tokens = num_rows * config.seq_len
@@ -37,8 +38,7 @@ def measured(config: BenchConfig, name: str, device: torch.device, precision: st
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
     net = model_of(config, name, config.model, device, dtype)
     optimizer = build_optimizer(net, AdamWConfig(learning_rate=1e-4), device)
-    shape = max(1, config.num_tokens // config.seq_len), config.seq_len
-    ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    ids = random_ids(config, device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)

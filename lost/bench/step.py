@@ -17,7 +17,7 @@ from lost.config.schema import BenchConfig
 from lost.config.training import AdamWConfig
 from lost.train.loss import model_loss_sum
 from lost.train.optim import build_optimizer
-from lost.train.runtime import pick_device, pick_precision, set_num_threads
+from lost.train.runtime import pick_device, pick_precision, set_up_process
 from lost.utils.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ def bench_step(config: BenchConfig) -> BenchResult:
             f"seq_len = {config.seq_len} is above model.max_position_embeddings"
             f" = {config.model.max_position_embeddings}: shorten the rows or raise it"
         )
-    set_num_threads(config.runtime)
+    set_up_process(config.runtime)
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32

@@ -86,7 +86,7 @@ def can_share(layers: Sequence[nn.Module]) -> bool:
     for layer in layers:
         if type(layer) is not LostLinear or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
             return False
-        if layer.kernels == "reference" or layer.selection_axis == "rows":
+        if not layer.uses_operators:
             return False
         kinds.add((layer.kernels, layer.activation, layer.gamma_mode, layer.bias is None))
     return len(kinds) == 1

@@ -243,6 +243,11 @@ class LostLinear(nn.Module):
             self.low_rank_down, self.low_rank_up, self.sparse_weight, self.sparse_index, self.gamma, self.bias
         )
 
+    @property
+    def uses_operators(self) -> bool:
+        """Whether it is computed otherwise than by autograd of the definition, which the rows form has only."""
+        return self.kernels != "reference" and self.selection_axis == "columns"
+
     def forward(self, x: Tensor) -> Tensor:
         return lost_linear(
             x,

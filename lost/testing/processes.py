@@ -1,6 +1,10 @@
 """Several real processes with a gloo group, for tests: they start in a fraction of a second after the first."""
 
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,3 +72,16 @@ def _worker(work: Callable[..., Any], index: int, count: int, folder: Path, argu
     torch.save(work(index, *arguments), folder / f"result_{index}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def printed_by(module: str, **environment: str) -> Any:
+    """`python -m module` in a process of its own on one thread: the last line it prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -135,16 +135,12 @@ def operators_of(block: LlamaDecoderLayer) -> Operators:
         layer = getattr(block.mlp if name in ("gate_proj", "up_proj", "down_proj") else block.self_attn, name)
         if not isinstance(layer, LostLinear):
             products.append(name)
-        elif uses_operators(layer):
+        elif layer.uses_operators:
             group_ups.append(name)
         else:
             has_sparse_product = layer.selection_axis == "rows" and layer.num_kept > 0
             products += [LOW_RANK, *[LOW_RANK] * has_sparse_product, name]
     return Operators(tuple(products), tuple(group_ups), block.mlp.intermediate_size)
-
-
-def uses_operators(layer: LostLinear) -> bool:
-    return layer.selection_axis == "columns" and getattr(layer, "kernels", "") != "reference"
 
 
 def llama_blocks(model: nn.Module) -> list[LlamaDecoderLayer]:

@@ -18,11 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from lost.model.blocks import outputs_of, product_of
 
-REMADE_LEVELS = ("p0", "p1")
-
 
 def remake_pointwise(block: LlamaDecoderLayer, level: str, *, min_moved: int | None = None) -> None:
-    """Makes `block` keep in training what `level`, one of REMADE_LEVELS, says.
+    """Makes `block` keep in training what `level`, one of `accounting.memory.REMADE_LEVELS`, says.
 
     Args:
         min_moved: parameters of so many elements are there only while their module runs (ZeRO-3), so that a norm with

@@ -2,10 +2,11 @@
 
 from torch import nn
 
+from lost.accounting.memory import REMADE_LEVELS
 from lost.model.blocks import LostLlamaAttention, LostLlamaMLP, LostLlamaRMSNorm
 from lost.model.lost_linear import LostLinear
 from lost.train.recompute import LEVELS, checkpoint_selectively, llama_blocks
-from lost.train.remake import REMADE_LEVELS, remake_pointwise
+from lost.train.remake import remake_pointwise
 
 
 def set_recompute(model: nn.Module, recompute: str, *, is_traced: bool = False, min_moved: int | None = None) -> None:

@@ -293,7 +293,7 @@ def test_a_killed_worker_is_named_and_finished_shards_are_kept(tmp_path):
     def kill_a_worker(progress):
         workers = multiprocessing.active_children()
         if progress.stage == "rows" and progress.documents > 200 and workers:
-            os.kill(workers[0].pid, signal.SIGKILL)
+            workers[0].kill()
 
     with pytest.raises(DataError, match=r"ended from outside.*data.num_processes below 2"):
         prepare(data, vocab_size=300, seq_len=32, progress=kill_a_worker)

@@ -1,26 +1,14 @@
 """The Triton kernels inside the operators, interpreted in float32, against the definition in float64."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from lost.testing.numerics import LIMITS
+from lost.testing.processes import printed_by
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-m", "lost.testing.interpreted"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("lost.testing.interpreted", TRITON_INTERPRET="1")
 
 
 def is_a_sum(name: str) -> bool:

@@ -74,7 +74,7 @@ def printed(capsys, *overrides: str) -> str:
 
 
 def test_the_plan_names_the_first_runtime_that_fits(capsys):
-    text = printed(capsys, "num_devices=64", "device_memory_gib=80")
+    text = printed(capsys, "num_devices=64", "device_memory_gib=60")
     lost, dense = re.findall(r"64 devices peak of one with (.*?)(?= └)", text)
     assert lost.endswith("the first that fits is runtime=zero1")
     assert dense.endswith("the first that fits is runtime=zero2")

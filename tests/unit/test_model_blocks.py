@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from lost.config.model import DenseConfig, LostConfig, ModelConfig
+from lost.config.model import DenseConfig, LostConfig
 from lost.model import LostLlamaConfig, LostLlamaForCausalLM, build_model
 from lost.model.blocks import LostLlamaAttention
+from lost.testing.lost_groups import SMALL
 from lost.testing.numerics import assert_close as assert_within
 from lost.train.wrap import blocks, set_kernels, set_recompute
 
@@ -29,17 +30,7 @@ DOWN, UP = torch.ops.lost.group_down.default, torch.ops.lost.group_up.default
 
 
 def model(form=LOST, **changes):
-    sizes = ModelConfig(
-        name="small",
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=63,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        lineage_rank=5,
-    )
-    net = build_model(replace(sizes, **changes), form, seed=0, dtype=torch.float64)
+    net = build_model(replace(SMALL, **changes), form, seed=0, dtype=torch.float64)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(

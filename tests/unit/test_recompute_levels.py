@@ -8,17 +8,16 @@ from transformers import LlamaForCausalLM
 
 from lost.accounting import state_bytes
 from lost.accounting.costs import linear_costs
-from lost.accounting.memory import block_activation_bytes
+from lost.accounting.memory import REMADE_LEVELS, block_activation_bytes
 from lost.bench.live_memory import bytes_kept_by
 from lost.cli.plan import packaged_model
 from lost.config.model import DenseConfig, LostConfig, ModelConfig
 from lost.model import build_model
 from lost.model.build import build_meta_model, empty_model
 from lost.model.lost_linear import LostLinear
-from lost.testing.numerics import relative_rms_error
+from lost.testing.numerics import assert_close, relative_rms_error
 from lost.testing.runs import losses, lost_here, tiny_run, write_corpus
 from lost.train.recompute import LEVELS
-from lost.train.remake import REMADE_LEVELS
 from lost.train.wrap import set_kernels, set_recompute
 
 # kB a token and block in bfloat16. Counted by hand: residuals, h, q, k, v, attention, gate, up (p1), and so on.
@@ -119,7 +118,12 @@ def gradients(model: ModelConfig, form, level: str, *, kernels: str = "auto", is
 def test_gradients_are_those_without(level, is_traced, form, kernels):
     plain = gradients(small(), form, "none", kernels=kernels)
     again = gradients(small(), form, level, kernels=kernels, is_traced=is_traced)
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    if is_traced or level not in REMADE_LEVELS:
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+        return
+    # Sums of a residual's gradient have another order.
+    for name, value in again.items():
+        assert_close(value, plain[name], "float64", name)
 
 
 @pytest.mark.parametrize("form", [OWN_FORMS["lost"], OWN_FORMS["dense"]], ids=["lost", "dense"])

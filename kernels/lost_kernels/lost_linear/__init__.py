@@ -5,12 +5,12 @@ backward. `kernels` chooses how: reference (autograd of the definition), grouped
 backward), triton (the same with Triton kernels between the products, on CUDA), auto (`kernels_for` the device).
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from lost_kernels.choice import kernels_for
 from lost_kernels.lost_linear.direct import call_directly, operators_are_seen
 from lost_kernels.lost_linear.few_rows import few_rows_linear, has_few_rows
 from lost_kernels.lost_linear.op import group_down, group_up
@@ -18,8 +18,6 @@ from lost_kernels.lost_linear.reference import ACTIVATIONS
 from lost_kernels.lost_linear.reference import lost_linear as reference_lost_linear
 
 __all__ = ["ACTIVATIONS", "LostWeights", "kernels_for", "lost_group", "lost_linear", "reference_lost_linear"]
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class LostWeights(NamedTuple):
@@ -31,11 +29,6 @@ class LostWeights(NamedTuple):
     sparse_index: Tensor | None = None
     gamma: float | Tensor | None = None
     bias: Tensor | None = None
-
-
-def kernels_for(device_type: str) -> str:
-    """What `auto` means for tensors on a device of that type: triton on CUDA (ROCm too) where it is installed."""
-    return "triton" if device_type == "cuda" and HAS_TRITON else "grouped"
 
 
 def lost_linear(

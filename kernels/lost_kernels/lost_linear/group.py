@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lost_kernels.choice import computes_in_triton
 from lost_kernels.lost_linear import torch_impl
 from lost_kernels.lost_linear.layout import Part, known_parts_of, parts_of
-
-KERNELS = ("grouped", "triton")
 
 
 def down(
@@ -52,7 +51,7 @@ def down_backward(
     if needs_x:
         d_x = dh @ torch_impl.joined_downs(downs, x.dtype)
         if indices:
-            _pointwise(kernels, x.dtype).add_kept_gradients(d_x, dkept, indices)
+            _pointwise(kernels, x).add_kept_gradients(d_x, dkept, indices)
         found.append(d_x)
     if needs_downs:
         found.append(dh.T @ x)
@@ -97,8 +96,9 @@ def up(
         kernels: as in `group_down`.
     """
     parts = known_parts_of(ups, num_kept)
-    z = _pointwise(kernels, h.dtype).joined_activations(h, kept, parts, learned_gammas or fixed_gammas, activation)
-    weights = _joined_weights(ups, sparse_weights, parts, h.dtype)
+    z_gammas, weight_gammas = _places(learned_gammas, fixed_gammas, kernels, h)
+    z = _pointwise(kernels, h).joined_activations(h, kept, parts, z_gammas, activation)
+    weights = _joined_weights(ups, sparse_weights, parts, weight_gammas, h.dtype)
     blocks = _blocks(z, parts)
     if biases:
         return [
@@ -127,11 +127,11 @@ def up_backward(
 
     Each is there only if it is needed.
     """
-    parts, gammas = known_parts_of(ups, num_kept), learned_gammas or fixed_gammas
-    pointwise, found = _pointwise(kernels, h.dtype), []
+    parts, pointwise, found = known_parts_of(ups, num_kept), _pointwise(kernels, h), []
+    gammas, weight_gammas = _places(learned_gammas, fixed_gammas, kernels, h)
     if needs_h or needs_gammas:
         dz = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
-        weights = _joined_weights(ups, sparse_weights, parts, h.dtype)
+        weights = _joined_weights(ups, sparse_weights, parts, weight_gammas, h.dtype)
         for dy, weight, block in zip(dys, weights, _blocks(dz, parts), strict=True):
             torch.mm(dy, weight, out=block)
         dh, dkept, d_gammas = pointwise.joined_activations_backward(
@@ -142,7 +142,11 @@ def up_backward(
         del dz
     if needs_weights:
         z = pointwise.joined_activations(h, kept, parts, gammas, activation)
-        found += [dy.T @ block for dy, block in zip(dys, _blocks(z, parts), strict=True)]
+        d_weights = [dy.T @ block for dy, block in zip(dys, _blocks(z, parts), strict=True)]
+        for d_weight, part, gamma in zip(d_weights, parts, weight_gammas, strict=bool(weight_gammas)):
+            d_weight[:, : part.rank].mul_(gamma)
+            d_weight[:, part.rank : part.rank + part.num_kept].mul_(1 - gamma)
+        found += d_weights
     return found
 
 
@@ -188,22 +192,39 @@ def up_gradients(
     return dh, dkept, [d_ups, d_sparse, d_gammas, d_biases]
 
 
-def _pointwise(kernels: str, dtype: torch.dtype) -> Any:
-    """What is no product. The Triton kernels compute in float32, so float64 is left to torch."""
-    assert kernels in KERNELS, kernels
-    if kernels == "grouped" or dtype == torch.float64:
+def _pointwise(kernels: str, values: Tensor) -> Any:
+    """What is no product."""
+    if not computes_in_triton(kernels, values):
         return torch_impl
     from lost_kernels.lost_linear import triton_impl
 
     return triton_impl
 
 
-def _joined_weights(ups: list[Tensor], sparse_weights: list[Tensor], parts: Sequence[Part], dtype: torch.dtype):
-    """[B_g | W_s,g | 0] of every member, [N_g, W_g]."""
+def _places(
+    learned_gammas: list[Tensor], fixed_gammas: list[float], kernels: str, h: Tensor
+) -> tuple[list[Tensor] | list[float], list[float]]:
+    """The gammas that multiply z, and those that multiply the joined weights.
+
+    In half precision a weight times gamma would be rounded once more than z is. In float32 and better, where torch does
+    the work, the weights are copied anyway, and z is not gone through once more.
+    """
+    is_wide = torch.promote_types(h.dtype, torch.float32) is h.dtype
+    if fixed_gammas and is_wide and _pointwise(kernels, h) is torch_impl:
+        return [], fixed_gammas
+    return learned_gammas or fixed_gammas, []
+
+
+def _joined_weights(
+    ups: list[Tensor], sparse_weights: list[Tensor], parts: Sequence[Part], gammas: list[float], dtype: torch.dtype
+) -> list[Tensor]:
+    """[gamma B_g | (1 - gamma) W_s,g | 0] of every member, [N_g, W_g]; without gammas unscaled."""
     sparse = iter(sparse_weights)
     return [
-        torch_impl.joined_ups(up, next(sparse) if part.num_kept else None, part.width, dtype)
-        for up, part in zip(ups, parts, strict=True)
+        torch_impl.joined_ups(
+            up, next(sparse) if part.num_kept else None, part.width, dtype, gammas[number] if gammas else None
+        )
+        for number, (up, part) in enumerate(zip(ups, parts, strict=True))
     ]
 
 

@@ -101,13 +101,25 @@ def joined_downs(downs: list[Tensor], dtype: torch.dtype) -> Tensor:
     return _joined([down.to(dtype) for down in downs])
 
 
-def joined_ups(up: Tensor, sparse_weight: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
-    """[B | W_s | 0], [N, width]."""
-    blocks = [up] if sparse_weight is None else [up, sparse_weight]
-    num_zeros = width - sum(block.shape[1] for block in blocks)
-    if num_zeros:
-        blocks.append(up.new_zeros(up.shape[0], num_zeros))
-    return torch.cat([block.to(dtype) for block in blocks], 1) if len(blocks) > 1 else up.to(dtype)
+def joined_ups(
+    up: Tensor, sparse_weight: Tensor | None, width: int, dtype: torch.dtype, gamma: float | None = None
+) -> Tensor:
+    """[gamma B | (1 - gamma) W_s | 0], [N, width]; without gamma unscaled."""
+    if sparse_weight is None and gamma is None and up.shape[1] == width:
+        return up.to(dtype)
+    joined = up.new_empty(up.shape[0], width, dtype=dtype)
+    num_kept = 0 if sparse_weight is None else sparse_weight.shape[1]
+    low, sparse, zeros = joined.split([up.shape[1], num_kept, width - up.shape[1] - num_kept], 1)
+    if gamma is None:
+        low.copy_(up)
+    else:
+        torch.mul(up.to(dtype), gamma, out=low)
+    if sparse_weight is not None and gamma is None:
+        sparse.copy_(sparse_weight)
+    elif sparse_weight is not None and gamma is not None:
+        torch.mul(sparse_weight.to(dtype), 1 - gamma, out=sparse)
+    zeros.zero_()
+    return joined
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
