@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shlex
 import statistics
+import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,7 +97,8 @@ class BenchResult:
             "arms": {name: self._arm_facts(name) for name in self.arms},
             **self.more_facts,
             "config": to_dict(self.config),
-            "versions": versions(),
+            # As anyone can type it: a result that is published names no folder of the machine.
+            "versions": versions() | {"command_line": shlex.join(["lost", *sys.argv[1:]])},
         }
 
     def _arm_facts(self, name: str) -> dict[str, Any]:
@@ -148,7 +151,9 @@ class BenchResult:
         return table
 
     def print_and_write(self) -> Path | None:
-        """Prints the table; where `to` is set writes bench_<what>.json and .png there and adds to bench_<what>.csv.
+        """Prints the table; where `to` is set writes JSON and a picture there and adds to bench_<what>.csv.
+
+        They are named bench_layer.json and .png, of another benchmark bench_<what>_<model>.json and .png.
 
         Returns:
             The JSON's path.
@@ -161,19 +166,21 @@ class BenchResult:
             console.print(self.remark, highlight=False)
         if not self.config.to:
             return None
-        path = Path(self.config.to) / f"bench_{self.config.what}.json"
+        history = Path(self.config.to) / f"bench_{self.config.what}.csv"
+        model = "" if self.config.what == "layer" else f"_{self.config.model.name}"
+        path = history.with_name(f"{history.stem}{model}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Once, and before anything is written: the commit is that of the code, without these results.
         facts = self.facts()
         path.write_text(json.dumps(facts, indent=2) + "\n")
-        self.add_to_history(path.with_suffix(".csv"), facts)
+        self.add_to_history(history, facts)
         plot_arms(
             path.with_suffix(".png"),
             self.title,
             f"time over {self.base}, with 20-80 %",
             {self._label(name): (self.ratio_to_base(name), *self._spread(name)) for name in self.arms},
         )
-        Console().print(f"written: {path}, with .png, and a line an arm in .csv", highlight=False)
+        Console().print(f"written: {path}, with .png, and a line an arm in {history.name}", highlight=False)
         return path
 
     def _limit_words(self) -> str:

@@ -116,6 +116,8 @@ def test_layer_result_and_json(tmp_path, capsys):
     assert facts["arms"]["lost"]["median_seconds"] == result.arms["lost"].timing.median
     assert facts["arms"]["lost"]["time_over_base"] == result.ratio_to_base("lost")
     assert facts["versions"]["packages"]["torch"] == torch.__version__
+    # A published result names no folder of the machine that the command lies in.
+    assert facts["versions"]["command_line"].split()[0] == "lost"
     assert facts["config"]["lost_rank"] == 6
 
 
@@ -125,7 +127,7 @@ def test_step_trains_both_arms(tmp_path, precision):
     assert list(result.arms) == ["dense p1", "lost reference", "lost p1"]
     assert result.arms["lost p1"].num_parameters < result.arms["dense p1"].num_parameters
     assert result.limit_seconds("lost p1") < result.limit_seconds("dense p1")
-    assert json.loads((tmp_path / "bench_step.json").read_text())["precision"] == precision
+    assert json.loads((tmp_path / "bench_step_tiny.json").read_text())["precision"] == precision
 
 
 def test_block_has_every_arm_and_keeps_less_at_higher_levels():
@@ -192,7 +194,7 @@ def test_the_fraction_of_the_limit_is_in_table_json_and_history(tmp_path, capsys
     lines = {line["arm"]: line for line in csv.DictReader((tmp_path / "bench_layer.csv").open())}
     for name, arm in result.arms.items():
         fraction = result.limit_seconds(name) / arm.timing.median
-        assert 0 < fraction < 2
+        assert fraction > 0
         assert facts["arms"][name]["fraction_of_limit"] == pytest.approx(fraction)
         assert float(lines[name]["fraction_of_limit"]) == pytest.approx(fraction)
     assert facts["bytes_per_second"] == machine.bytes_per_second
@@ -337,7 +339,7 @@ def test_the_loop_is_a_real_run_and_its_steps_hold_the_work(tmp_path):
     work, whole = result.arms["model"].timing, result.arms["whole step"].timing
     assert len(work.seconds) == len(whole.seconds) == 6
     assert all(0 < inner < outer for inner, outer in zip(work.seconds, whole.seconds, strict=True))
-    facts = json.loads((tmp_path / "bench_loop.json").read_text())
+    facts = json.loads((tmp_path / "bench_loop_tiny.json").read_text())
     assert facts["arms"]["model"]["time_over_base"] == 1
     assert facts["arms"]["whole step"]["time_over_base"] > 1
 
@@ -350,7 +352,7 @@ def test_a_checkpoint_is_saved_and_resumed_each_round(tmp_path):
     assert list(result.arms) == ["save", "save in background", "resume", *windows]
     assert {len(arm.timing.seconds) for arm in result.arms.values()} == {3}
     assert "checkpoint of tiny, 0 MiB" in result.title
-    names = [f"bench_checkpoint.{ending}" for ending in ("csv", "json", "png")]
+    names = ["bench_checkpoint.csv", "bench_checkpoint_tiny.json", "bench_checkpoint_tiny.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     without, with_save = (result.arms[name].timing for name in windows)
     added = [a - b for a, b in zip(with_save.seconds, without.seconds, strict=True)]
