@@ -176,12 +176,15 @@ def _loss_bytes(model: ModelConfig, parameterization: ParameterizationConfig, to
     """Logits of one chunk and the gradients of head and hidden states, while autocast holds copies of all weights."""
     width = WIDTHS[precision]
     num_weights = model.vocab_size * model.hidden_size
-    chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.vocab_size * (width.compute + FLOAT32_BYTES)
+    chunk_tokens = min(tokens, LOSS_CHUNK_TOKENS)
+    logits = chunk_tokens * model.vocab_size * width.compute
+    softmax = chunk_tokens * model.vocab_size * FLOAT32_BYTES
     # In a lower precision the chunk's gradient of the weight is a tensor of its own before it is added.
     product = num_weights * width.compute if width.compute < FLOAT32_BYTES else 0
-    logits_or_product = max(chunk, min(tokens, LOSS_CHUNK_TOKENS) * model.vocab_size * width.compute + product)
-    gradients = num_weights * FLOAT32_BYTES + tokens * model.hidden_size * width.compute
-    return logits_or_product + gradients + _cast_bytes(linear_costs(model, parameterization), precision)
+    d_weight, d_hidden = num_weights * FLOAT32_BYTES, tokens * model.hidden_size * width.compute
+    is_first_alone = product > 0 and tokens <= LOSS_CHUNK_TOKENS
+    softmax_or_product = max(softmax if is_first_alone else softmax + d_weight, product + d_weight)
+    return logits + softmax_or_product + d_hidden + _cast_bytes(linear_costs(model, parameterization), precision)
 
 
 def _head_backward_bytes(model: ModelConfig, tokens: int, precision: Precision) -> int:

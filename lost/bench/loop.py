@@ -21,14 +21,13 @@ from lost.config.runtime import CheckpointConfig, LoggingConfig, RuntimeConfig, 
 from lost.config.schema import BenchConfig, PretrainConfig
 from lost.config.training import AdamWConfig, CosineScheduleConfig, TrainConfig
 from lost.data import prepare
-from lost.train.engine import Fill, TorchEngine
+from lost.train.engine import Fill, TorchEngine, set_up_blocks
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.profile import StepProfiler
 from lost.train.runtime import Runtime, start_runtime
 from lost.train.state import TrainState
 from lost.train.stop import StopRequest
 from lost.train.trainer import Run, fit
-from lost.train.wrap import set_recompute
 
 # Forward, loss, backward and update, which the whole step is compared with.
 WORK = "model"
@@ -127,7 +126,7 @@ def write_words(folder: Path) -> Path:
 def timed_run(config: PretrainConfig, runtime: Runtime, model: PreTrainedModel, fill: Fill) -> TimedEngine:
     """The engine after the run, with its times."""
     prepared = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=config.train.seq_len)
-    set_recompute(model, config.runtime.recompute)
+    set_up_blocks(model, config.runtime, runtime)
     engine = TimedEngine(model, config.runtime, config.optimizer, runtime, fill)
     run_dir = Path(config.run_dir)
     run_dir.mkdir()

@@ -130,18 +130,23 @@ def build_engine(
         model: on the meta device, unless `fill` leaves it as it is.
         fill: called once, when the model is sharded if the runtime shards it.
     """
-    set_kernels(model, runtime.kernels)
-    min_moved = zero_setup.WHOLE_BELOW if runtime.zero_stage == 3 else None
-    set_recompute(model, config.recompute, is_traced=config.compile, min_moved=min_moved)
-    if config.compile:
-        for block in blocks(model):
-            block.compile()
+    set_up_blocks(model, config, runtime)
     if runtime.zero_stage:
         # DeepSpeed takes seconds to import.
         from lost.train.zero import ZeroEngine
 
         return ZeroEngine(model, optimizer, runtime, fill)
     return TorchEngine(model, config, optimizer, runtime, fill)
+
+
+def set_up_blocks(model: nn.Module, config: RuntimeConfig, runtime: Runtime) -> None:
+    """Kernels, recomputation and compilation of the blocks of `model`, before it is sharded."""
+    set_kernels(model, runtime.kernels)
+    min_moved = zero_setup.WHOLE_BELOW if runtime.zero_stage == 3 else None
+    set_recompute(model, config.recompute, is_traced=config.compile, min_moved=min_moved)
+    if config.compile:
+        for block in blocks(model):
+            block.compile()
 
 
 class TorchEngine(Engine):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from lost_kernels.cross_entropy import CHUNK_TOKENS
 from torch import nn
 
 from lost.accounting import GIB, memory_per_device, state_bytes
+from lost.accounting import memory as accounting
 from lost.accounting.costs import linear_costs
 from lost.accounting.memory import block_activation_bytes
 from lost.bench.live_memory import LiveBytes, bytes_kept_by
@@ -178,6 +180,19 @@ def test_the_peak_of_a_step(form, precision, recompute, vocab_size):
         model, form, micro_batch_size=NUM_ROWS, seq_len=SEQ_LEN, precision=precision, recompute=recompute
     )
     measured = live_bytes_of_a_step(model, form, precision, recompute)
+    assert memory.activations + memory.working == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
+def test_the_peak_of_a_step_whose_logits_are_in_several_chunks(precision, monkeypatch):
+    monkeypatch.setattr(accounting, "LOSS_CHUNK_TOKENS", 40)
+    monkeypatch.setitem(CHUNK_TOKENS, "cpu", 40)
+    model = narrow(vocab_size=4000)
+    memory = memory_per_device(
+        model, FORMS["lost"], micro_batch_size=NUM_ROWS, seq_len=SEQ_LEN, precision=precision, recompute="p1"
+    )
+    assert memory.worst_moment == "loss"
+    measured = live_bytes_of_a_step(model, FORMS["lost"], precision, "p1")
     assert memory.activations + memory.working == pytest.approx(measured, rel=0.1)
 
 

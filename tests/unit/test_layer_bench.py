@@ -194,7 +194,7 @@ def test_the_fraction_of_the_limit_is_in_table_json_and_history(tmp_path, capsys
     lines = {line["arm"]: line for line in csv.DictReader((tmp_path / "bench_layer.csv").open())}
     for name, arm in result.arms.items():
         fraction = result.limit_seconds(name) / arm.timing.median
-        assert fraction > 0
+        assert 0 < fraction < 2
         assert facts["arms"][name]["fraction_of_limit"] == pytest.approx(fraction)
         assert float(lines[name]["fraction_of_limit"]) == pytest.approx(fraction)
     assert facts["bytes_per_second"] == machine.bytes_per_second

@@ -31,7 +31,7 @@ def losses_and_gradients(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(hidden.shape[0], dtype=wide)
     d_hidden = torch.empty_like(hidden) if needs_hidden else None
-    d_weight = hidden.new_zeros(weight.shape, dtype=wide) if needs_weight else None
+    d_weight = None
     # One memory for all chunks: the pages of a new one are zeroed by the system, 4 % of a step of llama_60m on a CPU.
     all_logits = hidden.new_empty(min(chunk_tokens, hidden.shape[0]), weight.shape[0])
     all_log_p = torch.empty_like(all_logits) if hidden.dtype is wide else None
@@ -43,7 +43,7 @@ def losses_and_gradients(
         out = None if all_log_p is None else all_log_p[: len(columns)]
         log_p = torch.log_softmax(logits, dim=1, dtype=wide, out=out)
         losses[rows] = -log_p.gather(1, columns)[:, 0].masked_fill(is_ignored, 0)
-        if d_hidden is None and d_weight is None:
+        if not needs_hidden and not needs_weight:
             continue
         d_logits = log_p.exp_().scatter_add_(1, columns, log_p.new_full((), -1).expand_as(columns))
         d_logits = d_logits if logits.dtype is wide else logits.copy_(d_logits)
@@ -51,9 +51,10 @@ def losses_and_gradients(
         # A token without loss is left out of the two products, which is less to write than its row of d_logits.
         if d_hidden is not None:
             d_hidden[rows] = (d_logits @ used).masked_fill_(is_ignored[:, None], 0)
-        if d_weight is not None:
-            counted = hidden[rows].masked_fill(is_ignored[:, None], 0)
-            _add_product(d_weight, d_logits.T, counted)
+        if needs_weight:
+            d_weight = _plus_product(d_weight, d_logits.T, hidden[rows].masked_fill(is_ignored[:, None], 0), wide)
+    if needs_weight and d_weight is None:
+        d_weight = hidden.new_zeros(weight.shape, dtype=wide)
     return losses, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
 
 
@@ -62,9 +63,8 @@ def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
         yield slice(start, start + chunk_tokens)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, whatever the dtype of the product."""
-    if total.dtype is left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right in `dtype`, in the memory of `total`; None is zero, which nobody writes first."""
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if dtype is left.dtype else total.add_(left @ right)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lost_kernels.lost_linear import group
+from lost_kernels.lost_linear.layout import known_parts_of
 
 
 def call_directly(
@@ -64,12 +65,12 @@ class _Group(torch.autograd.Function):
         downs, indices, *parameters = group.split(tensors, ctx.counts)
         needs_x = ctx.needs_input_grad[2]
         needs_downs, _, *needs = group.split(ctx.needs_input_grad[3:], ctx.counts)
-        num_kept, kernels = ctx.settings[0], ctx.settings[-1]
+        parts, kernels = known_parts_of(parameters[0], ctx.settings[0]), ctx.settings[-1]
         needs_h = needs_x or any(needs_downs)
         arguments: list[Any] = [*parameters[:3], *ctx.settings]
         wanted = needs_h, any(needs[2]), any(needs[0]) or any(needs[1])
         found = group.up_backward(list(dys), h, kept, *arguments, *wanted)  # pyright: ignore[reportCallIssue]
-        dh, dkept, gradients = group.up_gradients(found, dys, parameters, num_kept, needs_h, needs)
+        dh, dkept, gradients = group.up_gradients(found, dys, parameters, parts, needs_h, needs)
         d_x, d_downs = None, [None] * len(downs)
         if dh is not None and dkept is not None:
             found = group.down_backward(dh, dkept, x, downs, indices, kernels, needs_x, any(needs_downs))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lost_kernels.choice import computes_in_triton
 from lost_kernels.lost_linear import torch_impl
-from lost_kernels.lost_linear.layout import Part, known_parts_of, parts_of
+from lost_kernels.lost_linear.layout import Part, columns_of, known_parts_of
 
 
 def down(
@@ -65,7 +65,7 @@ def down_gradients(
     d_x = found[0] if needs_x else None
     if not any(needs_downs):
         return d_x, [None] * len(downs)
-    blocks = found[-1].split([len(down) for down in downs])
+    blocks = found[-1].split_with_sizes([len(down) for down in downs])
     return d_x, [_to(block, down, needs) for block, down, needs in zip(blocks, downs, needs_downs, strict=True)]
 
 
@@ -144,8 +144,9 @@ def up_backward(
         z = pointwise.joined_activations(h, kept, parts, gammas, activation)
         d_weights = [dy.T @ block for dy, block in zip(dys, _blocks(z, parts), strict=True)]
         for d_weight, part, gamma in zip(d_weights, parts, weight_gammas, strict=bool(weight_gammas)):
-            d_weight[:, : part.rank].mul_(gamma)
-            d_weight[:, part.rank : part.rank + part.num_kept].mul_(1 - gamma)
+            low, sparse, _ = d_weight.split_with_sizes(part.sizes, 1)
+            low.mul_(gamma)
+            sparse.mul_(1 - gamma)
         found += d_weights
     return found
 
@@ -154,7 +155,7 @@ def up_gradients(
     found: list[Tensor],
     dys: Sequence[Tensor],
     parameters: Sequence[Sequence[Tensor]],
-    num_kept: list[int],
+    parts: Sequence[Part],
     needs_h: bool,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:
@@ -164,7 +165,7 @@ def up_gradients(
         found: changed.
         dys: dy_g, [M, N_g].
         parameters: ups, sparse_weights, learned_gammas and biases as in `up`.
-        num_kept: as in `up`.
+        parts: of the members.
         needs_h: whether h or kept has a gradient.
         needs: of every parameter, in the order of `parameters`.
     """
@@ -174,17 +175,17 @@ def up_gradients(
     d_gammas: list[Tensor | None] = [None] * len(learned_gammas)
     if any(needs_gammas):
         values = found.pop(0)
-        d_gammas = [_to(values[i : i + 1], gamma, needs_gammas[i]) for i, gamma in enumerate(learned_gammas)]
+        d_gammas = [_to(values[i].view_as(gamma), gamma, needs_gammas[i]) for i, gamma in enumerate(learned_gammas)]
     d_ups: list[Tensor | None] = [None] * len(ups)
     d_sparse: list[Tensor | None] = [None] * len(sparse_weights)
     if any(needs_ups) or any(needs_sparse):
         sparse_of = iter(range(len(sparse_weights)))
-        for number, (d_weight, part) in enumerate(zip(found, parts_of(ups, num_kept), strict=True)):
-            d_ups[number] = _to(d_weight[:, : part.rank], ups[number], needs_ups[number])
+        for number, (d_weight, part) in enumerate(zip(found, parts, strict=True)):
+            low, sparse, _ = d_weight.split_with_sizes(part.sizes, 1)
+            d_ups[number] = _to(low, ups[number], needs_ups[number])
             if part.num_kept:
                 own = next(sparse_of)
-                columns = d_weight[:, part.rank : part.rank + part.num_kept]
-                d_sparse[own] = _to(columns, sparse_weights[own], needs_sparse[own])
+                d_sparse[own] = _to(sparse, sparse_weights[own], needs_sparse[own])
     d_biases = [
         dy.sum(0).to(bias.dtype) if needs else None
         for dy, bias, needs in zip(dys, biases, needs_biases, strict=bool(biases))
@@ -229,7 +230,7 @@ def _joined_weights(
 
 
 def _blocks(z: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    return [z[:, part.start : part.start + part.width] for part in parts]
+    return [columns_of(z, part.start, part.width) for part in parts]
 
 
 def split(tensors: Sequence, counts: Sequence[int]) -> list[list]:
@@ -242,4 +243,4 @@ def split(tensors: Sequence, counts: Sequence[int]) -> list[list]:
 
 
 def _to(gradient: Tensor, parameter: Tensor, is_needed: bool) -> Tensor | None:
-    return gradient.to(parameter.dtype).view(parameter.shape) if is_needed else None
+    return gradient.to(parameter.dtype) if is_needed else None

@@ -5,7 +5,7 @@ A group are G LOST layers that read the same x. Shapes: M rows, R_g and S_g low-
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate
 
 from torch import Tensor
@@ -25,10 +25,15 @@ class Part:
     sparse: int
     start: int
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns of z: [act(h) | kept | 0]."""
         return padded(self.rank + self.num_kept)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Of the three blocks of z."""
+        return [self.rank, self.num_kept, self.width - self.rank - self.num_kept]
 
 
 def padded(width: int) -> int:
@@ -43,6 +48,11 @@ def parts_of(ups: Sequence[Tensor], num_kept: Sequence[int]) -> Sequence[Part]:
 def known_parts_of(ups: Sequence[Tensor], num_kept: Sequence[int]) -> Sequence[Part]:
     """`parts_of`, remembered; not while tracing, where sizes may be symbols."""
     return _known_parts(tuple(up.shape[1] for up in ups), tuple(num_kept))
+
+
+def columns_of(values: Tensor, start: int, width: int) -> Tensor:
+    """values[:, start : start + width], without the cost of a view where that is everything."""
+    return values if width == values.shape[1] else values.narrow(1, start, width)
 
 
 def _parts(ranks: Sequence[int], num_kept: Sequence[int]) -> Sequence[Part]:

@@ -92,7 +92,8 @@ def _up_backward(ctx: Any, dys: list[Tensor]) -> tuple:
         dys, h, kept, *parameters[:3], *ctx.settings, needs_h, needs_gammas, needs_weights
     )
     num_kept, fixed_gammas = ctx.settings[:2]
-    dh, dkept, gradients = group.up_gradients(found, dys, parameters, num_kept, needs_h, needs)
+    parts = parts_of(parameters[0], num_kept)
+    dh, dkept, gradients = group.up_gradients(found, dys, parameters, parts, needs_h, needs)
     # Of num_kept and fixed_gammas, which are lists too: an empty one counts as a list of no tensors.
     return dh, dkept, *gradients, None, None if fixed_gammas else [], None, None
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lost_kernels.lost_linear.layout import Part
+from lost_kernels.lost_linear.layout import Part, columns_of
 from lost_kernels.lost_linear.reference import ACTIVATIONS
 
 # ACTIVATIONS with the result written into `out`. Not gelu.out: in float32 on a CPU it leaves an `out` of strided rows
@@ -41,8 +41,8 @@ def joined_activations(h: Tensor, kept: Tensor, parts: Sequence[Part], gammas: G
     """z = [gamma act(h_g) | (1 - gamma) kept_g | 0] of every member, [M, sum W_g], in the dtype of h."""
     z = h.new_empty(h.shape[0], parts[-1].start + parts[-1].width)
     for number, part in enumerate(parts):
-        own_h, own_kept = h[:, part.low : part.low + part.rank], kept[:, part.sparse : part.sparse + part.num_kept]
-        low, sparse, zeros = z[:, part.start : part.start + part.width].split(_sizes(part), 1)
+        own_h, own_kept = columns_of(h, part.low, part.rank), columns_of(kept, part.sparse, part.num_kept)
+        low, sparse, zeros = columns_of(z, part.start, part.width).split_with_sizes(part.sizes, 1)
         if _wide(h) is h.dtype:
             # Written where it belongs: 2 % of a layer's time on a CPU.
             ACTIVATED_INTO[activation](own_h, out=low)
@@ -63,9 +63,9 @@ def joined_activations_backward(
     """dh, dkept in the dtype of h, and the gradients of the gammas, [G], float32 or better, if they are needed."""
     dh, dkept, d_gammas = torch.empty_like(h), torch.empty_like(kept), []
     for number, part in enumerate(parts):
-        low, sparse = slice(part.low, part.low + part.rank), slice(part.sparse, part.sparse + part.num_kept)
-        dz_low, dz_sparse, _ = dz[:, part.start : part.start + part.width].to(_wide(h)).split(_sizes(part), 1)
-        own_h, own_dh, own_dkept = h[:, low].to(_wide(h)), dh[:, low], dkept[:, sparse]
+        low, sparse = (part.low, part.rank), (part.sparse, part.num_kept)
+        dz_low, dz_sparse, _ = columns_of(dz, part.start, part.width).to(_wide(h)).split_with_sizes(part.sizes, 1)
+        own_h, own_dh, own_dkept = columns_of(h, *low).to(_wide(h)), columns_of(dh, *low), columns_of(dkept, *sparse)
         if _wide(h) is h.dtype:
             DERIVED_INTO[activation](dz_low, own_h, own_dh)
             own_dkept.copy_(dz_sparse)
@@ -77,7 +77,7 @@ def joined_activations_backward(
             own_dkept.copy_(_sparse_scaled(dz_sparse, gammas, number))
         if needs_gamma:
             from_low = (ACTIVATIONS[activation](own_h) * dz_low).sum()
-            d_gammas.append(from_low - (kept[:, sparse].to(_wide(h)) * dz_sparse).sum())
+            d_gammas.append(from_low - (columns_of(kept, *sparse).to(_wide(h)) * dz_sparse).sum())
     return dh, dkept, torch.stack(d_gammas) if needs_gamma else None
 
 
@@ -109,7 +109,7 @@ def joined_ups(
         return up.to(dtype)
     joined = up.new_empty(up.shape[0], width, dtype=dtype)
     num_kept = 0 if sparse_weight is None else sparse_weight.shape[1]
-    low, sparse, zeros = joined.split([up.shape[1], num_kept, width - up.shape[1] - num_kept], 1)
+    low, sparse, zeros = joined.split_with_sizes([up.shape[1], num_kept, width - up.shape[1] - num_kept], 1)
     if gamma is None:
         low.copy_(up)
     else:
@@ -124,10 +124,6 @@ def joined_ups(
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _sizes(part: Part) -> list[int]:
-    return [part.rank, part.num_kept, part.width - part.rank - part.num_kept]
 
 
 def _wide(values: Tensor) -> torch.dtype:
