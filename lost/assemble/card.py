@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lost.assemble.facts import card_facts
-from lost.assemble.load import Loaded, config_of_checkpoint
+from lost.assemble.load import Loaded, config_of_checkpoint, is_of_finetune, stored_config
 from lost.checkpoint import CheckpointManager
 from lost.checkpoint.io import read_json
 from lost.config.section import to_dict
@@ -39,16 +39,20 @@ def card_of(loaded: Loaded, config: ExportConfig, form: Form) -> str:
 
 
 def checkpoint_of(loaded: Loaded) -> Path | None:
-    """The checkpoint that the model is, or that was saved together with final/."""
+    """The checkpoint that the model is, or that `lost pretrain` saved together with final/.
+
+    None of `lost finetune`: its final/ may be an older step's, and has a card of its own.
+    """
     place = loaded.place
     if place.kind == "checkpoint":
         return place.folder
     if place.run_dir is None:
         return None
     try:
-        return CheckpointManager(place.run_dir / "checkpoints").latest()
+        newest = CheckpointManager(place.run_dir / "checkpoints").latest()
     except CheckpointError:
         return None
+    return None if newest is None or is_of_finetune(stored_config(newest)) else newest
 
 
 def bare_card(loaded: Loaded) -> str:

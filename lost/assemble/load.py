@@ -110,16 +110,26 @@ def load_checkpoint(place: Place, tokenizer: PreTrainedTokenizerBase, dtype: tor
 
 
 def config_of_checkpoint(folder: Path) -> PretrainConfig:
-    """The config of the run, as the checkpoint keeps it."""
-    facts = read_json(folder / "state.json")
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-        raise CheckpointError(f"{folder}/state.json holds no run config: it is not a checkpoint of `lost pretrain`")
-    if "method" in facts["config"]:
+    """The config of the run of `lost pretrain`, as the checkpoint keeps it."""
+    config = stored_config(folder)
+    if is_of_finetune(config):
         raise CheckpointError(
             f"{folder} is a checkpoint of `lost finetune`, which only that run goes on from: let it finish (the same"
             " command), then use the model in its final/"
         )
-    return build(PretrainConfig, facts["config"])
+    return build(PretrainConfig, config)
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The config of whichever run wrote the checkpoint."""
+    facts = read_json(folder / "state.json")
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise CheckpointError(f"{folder}/state.json holds no run config: it is not a checkpoint of a run")
+    return facts["config"]
+
+
+def is_of_finetune(config: dict[str, Any]) -> bool:
+    return "method" in config
 
 
 def load_export(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from lost.export.card import table
 def finetune_card(config: FinetuneConfig, result: dict[str, Any], *, tokens_seen: int) -> str:
     """What it started from, what it was trained on and how, and what came out."""
     method, optimizer = to_dict(config.method), to_dict(config.optimizer)
+    settings = [f"{key} {value}" for key, value in method.items() if key != "name" and value not in ([], "")]
     data = f"GLUE {config.data.glue}" if config.data.glue else ", ".join(config.data.train_files)
     kind = "text-classification" if config.task == "classification" else "text-generation"
     header = [
@@ -24,7 +25,7 @@ def finetune_card(config: FinetuneConfig, result: dict[str, Any], *, tokens_seen
     rows: list[tuple[str, Any]] = [
         ("started from", config.source),
         ("task", config.task),
-        ("method", ", ".join(f"{key} {value}" for key, value in method.items() if value not in ([], ""))),
+        ("method", ", ".join([method["name"], *settings])),
         ("data", data),
         ("steps", f"{result['last_step']:,}"),
         ("weights of step", f"{result['kept_step']:,}"),
@@ -36,7 +37,7 @@ def finetune_card(config: FinetuneConfig, result: dict[str, Any], *, tokens_seen
     ]
     return "\n\n".join(
         [
-            "\n".join(["---", *header, "---"]),
+            "\n".join(header),
             f"# {config.task}, {method['name']}",
             f"Fine-tuned with `lost finetune`.\n\n## Training\n\n{table(rows)}",
             f"## Results\n\n{results(result)}",
