@@ -9,7 +9,6 @@ from torch import nn
 
 from lost.config.runtime import RuntimeConfig
 from lost.config.training import OptimizerConfig
-from lost.train import zero_setup
 from lost.train.norms import clip_gradients, group_norms
 from lost.train.optim import build_optimizer, empty_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
 from lost.train.runtime import Runtime
@@ -142,8 +141,7 @@ def build_engine(
 def set_up_blocks(model: nn.Module, config: RuntimeConfig, runtime: Runtime) -> None:
     """Kernels, recomputation and compilation of the blocks of `model`, before it is sharded."""
     set_kernels(model, runtime.kernels)
-    min_moved = zero_setup.WHOLE_BELOW if runtime.zero_stage == 3 else None
-    set_recompute(model, config.recompute, is_traced=config.compile, min_moved=min_moved)
+    set_recompute(model, config.recompute, is_traced=config.compile)
     if config.compile:
         for block in blocks(model):
             block.compile()

@@ -10,37 +10,34 @@ keep what they read either; whichever of them is first in the backward pass make
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from lost.model.blocks import outputs_of, product_of
 
 
-def remake_pointwise(block: LlamaDecoderLayer, level: str, *, min_moved: int | None = None) -> None:
-    """Makes `block` keep in training what `level`, one of `accounting.memory.REMADE_LEVELS`, says.
-
-    Args:
-        min_moved: parameters of so many elements are there only while their module runs (ZeRO-3), so that a norm with
-            such a weight is left as it is. None: all parameters are always there.
-    """
+def remake_pointwise(block: LlamaDecoderLayer, level: str) -> None:
+    """Makes `block` keep in training what `level`, one of `accounting.memory.REMADE_LEVELS`, says."""
     values = RemadeValues()
     for norm in (block.input_layernorm, block.post_attention_layernorm):
-        if min_moved is None or norm.weight.numel() < min_moved:
-            norm.forward = partial(_norm_forward, norm, values)
+        norm.forward = partial(_norm_forward, norm, values)
     block.mlp.forward = partial(_mlp_forward, block.mlp, values)
     if level == "p1":
         block.forward = partial(_dropping, values, block.forward)
 
 
-def _norm_forward(norm: nn.Module, values: "RemadeValues", hidden_states: Tensor) -> Tensor:
-    def normed(hidden_states: Tensor, _weight: Tensor) -> Tensor:
-        return _cast(type(norm).forward(norm, hidden_states))
+def _norm_forward(norm: LlamaRMSNorm, values: "RemadeValues", hidden_states: Tensor) -> Tensor:
+    # The norm's own forward; of a sharded model the weight may be nowhere when the value is made again.
+    def normed(hidden_states: Tensor, weight: Tensor) -> Tensor:
+        itself: Any = SimpleNamespace(weight=weight, **others)
+        return _cast(type(norm).forward(itself, hidden_states))
 
-    weight: Any = norm.weight
-    return values.make(normed, hidden_states, weight)
+    others = {name: getattr(norm, name) for name in ("variance_epsilon", "kernels") if hasattr(norm, name)}
+    return values.make(normed, hidden_states, norm.weight)
 
 
 def _mlp_forward(mlp: LlamaMLP, values: "RemadeValues", x: Tensor) -> Tensor:
@@ -106,8 +103,11 @@ class Recipe:
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
         self.function = function
-        # Without what the inputs came from, which nothing here may keep alive; a parameter is used as it is.
-        self.inputs = [(t if isinstance(t, nn.Parameter) else t.detach(), t.requires_grad) for t in inputs]
+        # Without what the inputs came from, which nothing here may keep alive. Of a parameter, a norm's few numbers, a
+        # copy: sharded training takes its memory away after the forward pass.
+        self.inputs = [
+            (t.detach().clone() if isinstance(t, nn.Parameter) else t.detach(), t.requires_grad) for t in inputs
+        ]
         self.device_type = inputs[0].device.type
         self.autocast = torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type)
         self._made: tuple[Tensor, list[Tensor]] | None = None
@@ -125,10 +125,7 @@ class Recipe:
 
     def _make(self) -> tuple[Tensor, list[Tensor]]:
         if self._made is None:
-            leaves = [
-                tensor if isinstance(tensor, nn.Parameter) else tensor.detach().requires_grad_(needs)
-                for tensor, needs in self.inputs
-            ]
+            leaves = [tensor.detach().requires_grad_(needs) for tensor, needs in self.inputs]
             is_enabled, dtype = self.autocast
             # The layers that read the value have their hooks in force while they ask for it.
             with torch.enable_grad(), torch.autocast(self.device_type, dtype=dtype, enabled=is_enabled):

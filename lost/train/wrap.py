@@ -9,18 +9,17 @@ from lost.train.recompute import LEVELS, checkpoint_selectively, llama_blocks
 from lost.train.remake import remake_pointwise
 
 
-def set_recompute(model: nn.Module, recompute: str, *, is_traced: bool = False, min_moved: int | None = None) -> None:
+def set_recompute(model: nn.Module, recompute: str, *, is_traced: bool = False) -> None:
     """Makes the backward pass of `model` compute again what runtime.recompute says (`lost.train.recompute`).
 
     Args:
         recompute: none, block or one of LEVELS.
         is_traced: blocks are compiled: every level is then a matter of operators.
-        min_moved: as `remake_pointwise`.
     """
     if recompute in LEVELS:
         for block in llama_blocks(model):
             if recompute in REMADE_LEVELS and not is_traced:
-                remake_pointwise(block, recompute, min_moved=min_moved)
+                remake_pointwise(block, recompute)
             else:
                 checkpoint_selectively(block, recompute)
     elif recompute == "block":
