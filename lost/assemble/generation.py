@@ -94,8 +94,8 @@ def continue_batch(
             attention_mask=attention_mask.to(model.device),
             generation_config=settings,
             streamer=streamer,
-            # Only stop_strings need it.
-            **({"tokenizer": tokenizer} if config.stop_strings else {}),
+            # stop_strings need it, the model's own too.
+            tokenizer=tokenizer,
         )
     new_ids = output[:, input_ids.shape[1] :].view(len(prompts), config.num_return_sequences, -1).tolist()
     return [continuation(tokenizer, prompt, rows) for prompt, rows in zip(prompts, new_ids, strict=True)]
@@ -143,16 +143,16 @@ def check_prompt(ids: list[int], model: PreTrainedModel, config: GenerateConfig)
 def generation_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
 ) -> GenerationConfig:
-    """The keys of transformers; those of sampling only where it samples, and none that changes nothing."""
+    """The keys of transformers, those of sampling only where it samples. All are given: transformers takes what is
+    left out from the model's own settings, which may sample otherwise than asked for."""
     own = model.generation_config or GenerationConfig()
     eos = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     first_eos = eos[0] if isinstance(eos, list) else eos
-    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    sampling |= {"min_p": config.min_p} if config.min_p else {}
-    sampling |= {"typical_p": config.typical_p} if config.typical_p < 1 else {}
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+    sampling = {name: getattr(config, name) for name in names if config.do_sample}
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens,
-        min_new_tokens=config.min_new_tokens or None,
+        min_new_tokens=config.min_new_tokens,
         do_sample=config.do_sample,
         num_beams=config.num_beams,
         num_return_sequences=config.num_return_sequences,
@@ -163,5 +163,5 @@ def generation_settings(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=eos,
         pad_token_id=first_eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **(sampling if config.do_sample else {}),
+        **sampling,
     )

@@ -13,6 +13,10 @@ from lost.utils.hub import is_hub_id, require_hub_for_source
 # An export needs one of each; shards have an index beside them.
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+# Of a model on the hub: weights, config, tokenizer, chat template, and what says who may use it.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+# The weights once more, as their makers' own code reads them.
+SECOND_COPIES = ["consolidated*", "original/*"]
 CHECKPOINT_NAME = re.compile(r"step_\d{8,}")
 
 EXPECTED = (
@@ -150,9 +154,8 @@ def hub_folder(hub_id: str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     require_hub_for_source(hub_id)
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "README.md"]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=SECOND_COPIES))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise LostError(f"source = {hub_id} could not be downloaded from the hub: {error}") from error
     missing = missing_parts(folder)

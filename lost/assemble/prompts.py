@@ -48,7 +48,8 @@ def prompts_of(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> li
     if path.suffix != ".jsonl":
         # An editor's last line end is not part of the prompt.
         return [plain_or_chat(text.removesuffix("\n"), config, tokenizer)]
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    # Not splitlines, which ends a line at signs that JSON may hold as they are, such as U+2028.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     return [prompt_of_line(line, f"{config.prompt_file}, line {number}", config, tokenizer) for number, line in lines]
 
 

@@ -11,7 +11,7 @@ from lost.bench.timing import time_interleaved
 from lost.config.model import DenseConfig, ParameterizationConfig
 from lost.config.schema import BenchConfig
 from lost.model import empty_model
-from lost.train.runtime import pick_device, pick_precision, set_num_threads
+from lost.train.runtime import pick_device, pick_precision, set_up_process
 from lost.utils.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def bench_generate(config: BenchConfig) -> BenchResult:
             f"seq_len = {config.seq_len} + new_tokens = {config.new_tokens} are above model.max_position_embeddings"
             f" = {longest}: shorten them or raise it"
         )
-    set_num_threads(config.runtime)
+    set_up_process(config.runtime)
     device = pick_device(config.runtime.device)
     precision = pick_precision(config.runtime.precision, device)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32

@@ -1,10 +1,9 @@
 """`lost evaluate`: perplexity on the validation sets of a data section and tasks of lm-eval, for some models."""
 
-from pathlib import Path
-
 from lost.assemble.evaluate import ModelResult, evaluate_model
 from lost.assemble.report import as_json, print_results
 from lost.checkpoint import write_json_atomically
+from lost.cli.target import target_file
 from lost.config.runtime import RuntimeConfig
 from lost.config.section import to_dict
 from lost.config.use import EvaluateConfig
@@ -18,9 +17,7 @@ def run(config: EvaluateConfig) -> int:
     """Evaluates every model, prints a table and writes JSON to `to`. Perplexity works under torchrun."""
     runtime = start_runtime(RuntimeConfig(**to_dict(config.runtime)))
     setup(runtime.is_main)
-    target = Path(config.to).expanduser() if config.to else None
-    if target and target.is_dir():
-        raise ConfigError(f"to = {config.to} is a folder: give the name of a JSON file")
+    target = target_file(config.to, "JSON file")
     if config.tasks and runtime.num_processes > 1:
         raise ConfigError("tasks with several processes: lm-eval runs in one; start `lost evaluate` without torchrun")
     tasks = tasks_of(config)

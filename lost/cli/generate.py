@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
@@ -11,11 +10,11 @@ from lost.assemble.generation import Continuation, generate_all, is_streamed
 from lost.assemble.load import Loaded, load_model
 from lost.assemble.prompts import Messages, chat_prompt, prompts_of
 from lost.checkpoint import write_text_atomically
+from lost.cli.target import target_file
 from lost.config.runtime import RuntimeConfig
 from lost.config.section import to_dict
 from lost.config.use import GenerateConfig
 from lost.train.runtime import start_runtime
-from lost.utils.errors import ConfigError
 from lost.utils.logging import setup
 
 
@@ -23,9 +22,7 @@ def run(config: GenerateConfig) -> int:
     """Prints every prompt with its continuation to standard output, and writes them to `to`."""
     runtime = start_runtime(RuntimeConfig(**to_dict(config.runtime)))
     setup(runtime.is_main)
-    target = Path(config.to).expanduser() if config.to else None
-    if target and target.is_dir():
-        raise ConfigError(f"to = {config.to} is a folder: give the name of a JSON lines file")
+    target = target_file(config.to, "JSON lines file")
     loaded = load_model(config.source, runtime.device, runtime.param_dtype)
     with runtime.autocast():
         if config.is_conversation:

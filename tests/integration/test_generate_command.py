@@ -73,6 +73,14 @@ def test_a_conversation_goes_on_with_what_was_said(folder, capsys, monkeypatch):
     assert said("hi\n", "system=x") != first
 
 
+def test_a_line_of_a_file_ends_where_json_says(folder):
+    (folder / "signs.jsonl").write_text('{"prompt": "a\u2028b"}\n{"prompt": "c"}\n')
+    files = [f"prompt_file={folder / 'signs.jsonl'}", f"to={folder / 'signs_out.jsonl'}"]
+    assert lost_here("generate", f"source={folder / 'model'}", "max_new_tokens=2", *files) == 0
+    lines = (folder / "signs_out.jsonl").read_text().split("\n")[:-1]
+    assert [json.loads(line)["prompt"] for line in lines] == ["a\u2028b", "c"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +88,7 @@ def test_a_conversation_goes_on_with_what_was_said(folder, capsys, monkeypatch):
         (["source={folder}/model", "chat=true"], "no chat template"),
         (["source={folder}/model", "prompt_file=/no/file"], "cannot be read"),
         (["source={folder}/model", "prompt=a", "to={folder}"], "is a folder: give the name"),
+        (["source={folder}/model", "prompt=a", "to={folder}/prompts.jsonl/x"], "prompts.jsonl is no folder that may"),
         (["source={folder}/chat", "chat=true", "prompt={long}"], "max_position_embeddings = 128: shorten the prompt"),
         (
             ["source={folder}/model", "prompt_file={folder}/long.jsonl", "to={folder}/x.jsonl"],

@@ -19,7 +19,7 @@ def test_the_table_and_the_json_have_both_arms(tmp_path, capsys):
     options = ["repeats=3", "seq_len=9", "new_tokens=5", "num_prompts=2", f"to={tmp_path}"]
     assert lost_here("bench", "generate", *SMALL, *options) == 0
     assert "5 tokens after 9, batch 2" in capsys.readouterr().out
-    facts = json.loads((tmp_path / "bench_generate.json").read_text())
+    facts = json.loads((tmp_path / "bench_generate_llama_tiny.json").read_text())
     assert set(facts["arms"]) == {"dense", "lost"}
     assert facts["num_tokens"] == 10
     assert facts["arms"]["lost"]["num_parameters"] < facts["arms"]["dense"]["num_parameters"]

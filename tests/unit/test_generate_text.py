@@ -58,6 +58,14 @@ def test_sampling_is_by_seed_and_its_keys_take_effect():
     assert text(temperature=50.0, top_k=0) != greedy
 
 
+def test_sampling_settings_of_the_model_are_not_those_of_the_command():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    plain = generate(model, tokenizer, settings(prompt="abc", max_new_tokens=30))
+    # Each alone would leave the likeliest token only.
+    model.generation_config.update(do_sample=True, min_p=1.0, typical_p=1e-6, top_k=1, top_p=1e-6, temperature=1e-4)
+    assert generate(model, tokenizer, settings(prompt="abc", max_new_tokens=30)) == plain
+
+
 def test_stream_is_the_text(capsys):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
