@@ -23,11 +23,14 @@ def run(config: ExportConfig) -> int:
     refuse_used_folder(target)
     if config.push and not config.dry_run:
         require_token()
-    loaded = load_model(config.source, "cpu", DTYPES[config.dtype])
+    dtype = DTYPES[config.dtype]
+    # bf16 factors would be rounded before their product, which is rounded again.
+    keeps_stored = config.form == "dense" and dtype == torch.bfloat16
+    loaded = load_model(config.source, "cpu", None if keeps_stored else dtype)
     refuse_adapter_beside(loaded)
     form = form_of(loaded, config)
     card = card_of(loaded, config, form)
-    model, more_files = in_form(loaded.model, form)
+    model, more_files = in_form(loaded.model, form, dtype)
     save_folder(model, loaded.tokenizer, target, card, max_shard_size=config.max_shard_size, more_files=more_files)
     print(f"{loaded.origin} -> {target} ({describe(model)})\n{how_to_load(form, target)}")
     if config.push:
@@ -78,10 +81,11 @@ def form_of(loaded: Loaded, config: ExportConfig) -> Form:
     return config.form
 
 
-def in_form(model: PreTrainedModel, form: Form) -> tuple[PreTrainedModel, dict[str, str]]:
-    """The model to save and the files beside it."""
+def in_form(model: PreTrainedModel, form: Form, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The model to save, in `dtype`, and the files beside it."""
     if form == "dense" and lost_layers(model):
-        return dense_model(model), {}
+        return dense_model(model, dtype), {}
+    model = model if dtype is None else model.to(dtype)  # pyright: ignore[reportArgumentType]
     return model, dict([code_of(model)]) if form == "self_contained" else {}
 
 

@@ -163,7 +163,7 @@ def write_model(
                 tensors, errors[layer] = next(converted)
                 progress(len(errors), len(plan.layers))
             else:
-                tensors = {name: in_dtype(checkpoint.read(name), dtype)}
+                tensors = {name: in_dtype(name, checkpoint.read(name), dtype)}
             for own_name, tensor in tensors.items():
                 assert expected[own_name] == tuple(tensor.shape), (own_name, expected[own_name], tensor.shape)
                 writer.add(own_name, tensor)
@@ -203,8 +203,27 @@ def scale_on(device: torch.device, scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.to(device)
 
 
-def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor that is not converted, in `dtype`; None: as it is stored.
+
+    Raises:
+        LostError: values that are not finite, or that `dtype` cannot hold.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    if not torch.isfinite(tensor).all():
+        raise LostError(f"{name}: it holds values that are not finite: the checkpoint is damaged")
+    cast = tensor.to(dtype or tensor.dtype)
+    if not torch.isfinite(cast).all():
+        raise LostError(
+            f"{name} ({words_of(tensor.dtype)}, up to {float(tensor.abs().max()):g}) is beyond what"
+            f" {words_of(cast.dtype)} holds: use dtype=fp32 or bf16"
+        )
+    return cast
+
+
+def words_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def with_name(name: str, compute: Callable[[], Any]) -> Any:

@@ -165,16 +165,18 @@ def by_model_name(model: PreTrainedModel, found: dict[str, Stored]) -> dict[str,
 
 
 def weight_files(place: Place) -> list[Path]:
-    """The files of a checkpoint: those of its index, else model.safetensors, else a whole set of shards.
+    """The files of a checkpoint: model.safetensors, else those of its index, else a whole set of shards.
+
+    Where a folder has both, transformers takes model.safetensors too.
 
     Raises:
         CheckpointError: none, or not all.
     """
     folder = place.folder
-    if (folder / INDEX_NAME).is_file():
-        names = sorted(set(read_index(folder / INDEX_NAME, place).values()))
-    elif (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
+    elif (folder / INDEX_NAME).is_file():
+        names = sorted(set(read_index(folder / INDEX_NAME, place).values()))
     else:
         names = all_shards(path.name for path in folder.glob("*.safetensors"))
     if not names:

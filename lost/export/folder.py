@@ -28,6 +28,10 @@ def save_final(
     Raises:
         LostError: it could not be written; an older folder is then still there.
     """
+    # Trained from the start on this tokenizer's ids, whatever its config says.
+    config = model.generation_config
+    if config is not None:
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     return save_folder(model, tokenizer, folder, model_card(model.config, facts))
 
 
@@ -76,11 +80,16 @@ def save_folder(
 
 
 def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's own, with the tokenizer's ids: `generate` then stops where a document ends."""
+    """The model's own, with the tokenizer's ids where it has none: `generate` then stops where a document ends.
+
+    An instruction model stops at more ids than its tokenizer's one.
+    """
     config = model.generation_config or GenerationConfig()
-    config.bos_token_id = tokenizer.bos_token_id
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+    for name, value in ids.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
     return config
 
 

@@ -22,27 +22,29 @@ def lost_layers(model: nn.Module) -> dict[str, LostLinear]:
 
 
 @torch.no_grad()
-def dense_model(model: PreTrainedModel) -> PreTrainedModel:
+def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of transformers that computes the same: every LOST layer as one matrix.
 
     The LOST layers of `model` are replaced one after the other, so that it is dense afterwards too.
 
+    Args:
+        dtype: of the dense model; None: that of `model`.
     Raises:
         ConfigError: a layer has an activation between its factors, so that no such matrix exists.
-    Numerics: each matrix is summed in float64 and rounded once to the dtype of its layer.
+    Numerics: each matrix is summed in float64 and rounded once to `dtype`.
     """
     layers = lost_layers(model)
     refuse_activations(layers)
     config, kind = dense_classes(model.config)
     for name, layer in layers.items():
-        weight = layer.dense_weight()
+        weight = layer.dense_weight(dtype)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", layer.bias)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     with quiet_libraries():
-        dense = kind.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+        dense = kind.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype or model.dtype)
     dense.generation_config = model.generation_config
     return dense.eval()
 

@@ -263,8 +263,11 @@ class LostLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        """The matrix W, [N, K], for which this layer is x W^T + bias, in the layer's dtype, summed in float64.
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix W, [N, K], for which this layer is x W^T + bias, summed in float64 and rounded once to `dtype`.
+
+        Args:
+            dtype: of W; None: the layer's.
 
         Raises:
             ConfigError: the activation is not identity, so that no such matrix exists.
@@ -279,7 +282,7 @@ class LostLinear(nn.Module):
         if self.sparse_weight is not None and self.sparse_index is not None:
             axis = 1 if self.selection_axis == "columns" else 0
             weight.index_add_(axis, self.sparse_index, sparse_scale * self.sparse_weight.double())
-        return weight.to(self.low_rank_up.dtype)
+        return weight.to(dtype or self.low_rank_up.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts like any module, but a learnable gamma keeps at least float32.

@@ -436,6 +436,38 @@ def test_folders_that_are_not_whole(tmp_path, capsys):
     assert "no weights" in refused(capsys, source, "lost_rank=3")
 
 
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path):
+    other = dense(tmp_path / "dense")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    save_file(
+        {name: value.contiguous() for name, value in other.state_dict().items()},
+        tmp_path / "dense" / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert (tmp_path / "dense" / "model.safetensors.index.json").is_file()
+    found = converted(tmp_path / "dense", tmp_path / "out", "lost_rank=1.0", "require_saving=false")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(some_ids()).logits
+    assert error_of(other(some_ids()).logits, wanted) == 0
+    assert error_of(found(some_ids()).logits, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_what_is_not_converted_is_finite_too(tmp_path, capsys, name):
+    model = dense(tmp_path / "dense")
+    for value, dtype, words in (
+        (1e5, "fp16", "beyond what float16 holds: use dtype=fp32 or bf16"),
+        (math.nan, "source", "not finite: the checkpoint is damaged"),
+    ):
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[3] = value
+        model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+        message = refused(capsys, tmp_path / "dense", "lost_rank=3", f"dtype={dtype}")
+        assert words in message
+        assert name in message
+
+
 def test_a_failure_while_writing_leaves_nothing(tmp_path, capsys, monkeypatch):
     dense(tmp_path / "dense")
 

@@ -205,6 +205,19 @@ def test_bfloat16_weights_become_an_exact_dense_form_in_float32(tmp_path):
     assert (logits_of(loaded) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_a_dense_form_in_bfloat16_is_rounded_once(tmp_path):
+    model = random_model()
+    out = exported(model, tmp_path, "form=dense", "dtype=bf16")
+    written = load_file(out / "model.safetensors")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LostLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        exact = 0.6 * (layer.low_rank_up.double() @ layer.low_rank_down.double())
+        exact[:, layer.sparse_index] += 0.4 * layer.sparse_weight.double()
+        assert torch.equal(written[f"{name}.weight"], exact.to(torch.bfloat16)), name
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
 def test_tampered_weights_of_a_self_contained_folder_are_seen(without_lost, tmp_path):
     """Negative control of the shapes: a block of another layer's size does not load silently."""
     _, folders, _ = without_lost

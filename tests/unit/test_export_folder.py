@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lost.export import CardFacts, save_final
+from lost.export import CardFacts, save_final, save_folder
 from lost.export.card import model_card
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
 from lost.utils.errors import LostError
@@ -69,6 +69,13 @@ def test_generation_ids_are_the_tokenizers(tmp_path):
     folder = save_final(model, tiny_tokenizer(), tmp_path / "final", FACTS)
     config = GenerationConfig.from_pretrained(folder)
     assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (1, 0, None)
+
+
+def test_an_exported_model_keeps_its_own_generation_ids(tmp_path):
+    model = tiny_llama(eos_token_id=[1, 5], pad_token_id=None)
+    folder = save_folder(model, tiny_tokenizer(), tmp_path / "out", "card")
+    config = GenerationConfig.from_pretrained(folder)
+    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == ([1, 5], 0, None)
 
 
 def test_an_older_folder_is_replaced_as_a_whole(tmp_path):
