@@ -25,7 +25,7 @@ from lost.config.schema import PretrainConfig
 from lost.config.section import build
 from lost.model import LostLlamaConfig, LostLlamaForCausalLM
 from lost.model.build import llama_config
-from lost.utils.errors import CheckpointError, LostError
+from lost.utils.errors import CheckpointError, LostError, first_line
 from lost.utils.logging import get_logger
 from lost.utils.quiet import quiet_libraries
 
@@ -168,10 +168,6 @@ def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any
     if info["unexpected_keys"]:
         log.warning("%s holds weights that its model does not use: %s", place.name, some_of(info["unexpected_keys"]))
     return model
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def some_of(names: Iterable[str], limit: int = 3) -> str:

@@ -15,7 +15,7 @@ from lost.assemble.load import load_model, load_tokenizer
 from lost.assemble.locate import Place, locate
 from lost.config.convert import ConvertConfig
 from lost.convert.dense import DenseCheckpoint
-from lost.convert.folder import ShardWriter, appearing, copy_beside
+from lost.convert.folder import ShardWriter, copy_beside
 from lost.convert.layer import LayerError, approximate, squared_singular_values
 from lost.convert.measure import calibration_scales, perplexities
 from lost.convert.plan import Plan, Targets, converted_model, plan_of, targets_of
@@ -24,6 +24,7 @@ from lost.convert.report import write_report
 from lost.model.workers import run_side_by_side
 from lost.train.runtime import Runtime
 from lost.utils.errors import LostError
+from lost.utils.files import appearing
 from lost.utils.logging import get_logger
 from lost.utils.memory import peak_memory_gib
 from lost.utils.progress import progress_bar

@@ -15,10 +15,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lost.assemble.load import first_line, some_of
+from lost.assemble.load import some_of
 from lost.assemble.locate import Place
 from lost.model.other_families import PREFIX
-from lost.utils.errors import CheckpointError, ConfigError
+from lost.utils.errors import CheckpointError, ConfigError, first_line
 from lost.utils.logging import get_logger
 
 log = get_logger(__name__)

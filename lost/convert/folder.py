@@ -2,17 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lost.convert.dense import INDEX_NAME
-from lost.utils.errors import LostError
-from lost.utils.files import flush
 
 # Of a released folder: tokenizer, chat template, generation settings, licence.
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -67,30 +62,3 @@ def copy_beside(source: Path, target: Path) -> None:
     for path in sorted({path for pattern in _BESIDE for path in source.glob(pattern)}):
         if path.is_file() and path.name not in left_out:
             shutil.copyfile(path, target / path.name)
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into, which takes its name once everything is on disk; else it is removed.
-
-    Raises:
-        LostError: it could not be written.
-    """
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    # Left behind by a process that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            flush(path)
-        flush(partial)
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
-        flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise LostError(f"{folder} could not be written: {error}. Check the free space and the permissions") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from lost.utils.errors import DataError
+from lost.utils.errors import DataError, first_line
 from lost.utils.hub import require_hub_for_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def load_tokenizer(name: str, instead: str = "") -> Any:
             return AutoTokenizer.from_pretrained(str(Path(name).expanduser()), local_files_only=True)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"data.tokenizer = {name}: no tokenizer can be loaded from this folder ({_first_line(error)}):"
+                f"data.tokenizer = {name}: no tokenizer can be loaded from this folder ({first_line(error)}):"
                 " it needs tokenizer.json and tokenizer_config.json"
             ) from error
     try:
@@ -176,10 +176,6 @@ def load_tokenizer(name: str, instead: str = "") -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"data.tokenizer = {name}: neither a folder nor a tokenizer on the hub ({_first_line(error)}):"
+            f"data.tokenizer = {name}: neither a folder nor a tokenizer on the hub ({first_line(error)}):"
             " use train, a folder or a hub id"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

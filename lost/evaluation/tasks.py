@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lost.config.section import nearest
 from lost.evaluation.errors import Estimate
-from lost.utils.errors import ConfigError, DataError, LostError
+from lost.utils.errors import ConfigError, DataError, LostError, first_line
 from lost.utils.hub import is_hub_id, require_hub
 from lost.utils.logging import get_logger
 
@@ -294,7 +294,3 @@ def quiet_harness() -> Iterator[None]:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
         enable_progress_bars()
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

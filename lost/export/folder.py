@@ -1,15 +1,12 @@
 """Writes a model as a Hugging Face folder that is whole or not there."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lost.export.card import CardFacts, model_card
-from lost.utils.errors import LostError
-from lost.utils.files import flush
+from lost.utils.files import appearing
 from lost.utils.quiet import quiet_libraries
 
 
@@ -51,13 +48,7 @@ def save_folder(
         more_files: texts of further files by name.
     """
     folder = Path(folder).absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    # Left behind by a process that was killed while saving.
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with appearing(folder, replaces=True) as partial:
         # A classifier writes no text.
         if model.can_generate():
             model.generation_config = generation_config(model, tokenizer)
@@ -66,16 +57,6 @@ def save_folder(
             tokenizer.save_pretrained(partial)
         for name, text in {**(more_files or {}), "README.md": card}.items():
             (partial / name).write_text(text, encoding="utf-8")
-        flush_to_disk(partial)
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise LostError(f"{folder} could not be written: {error}. Check the free space and the permissions") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 
@@ -91,10 +72,3 @@ def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         if getattr(config, name) is None:
             setattr(config, name, value)
     return config
-
-
-def flush_to_disk(folder: Path) -> None:
-    """Makes every file of the folder survive a loss of power."""
-    for path in folder.rglob("*"):
-        flush(path)
-    flush(folder)

@@ -1,6 +1,5 @@
 """Writes an adapter folder, and reads one together with its model."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,11 +11,9 @@ from lost.assemble.adapter import FACTS_NAME, WEIGHTS_NAME, AdapterFacts, add_st
 from lost.assemble.load import load_model
 from lost.assemble.locate import locate
 from lost.checkpoint.io import write_json
-from lost.export.folder import flush_to_disk
 from lost.finetune.start import Head, classifier, head_modules
 from lost.train.engine import trained_tensors
-from lost.utils.errors import LostError
-from lost.utils.files import flush
+from lost.utils.files import appearing
 from lost.utils.quiet import quiet_libraries
 
 
@@ -30,11 +27,7 @@ def save_adapter(
     Raises:
         LostError: it could not be written; an older folder is then still there.
     """
-    partial, replaced = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "replaced"))
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with appearing(folder, replaces=True) as partial:
         if isinstance(model, PreTrainedModel):
             tensors = {name: value.detach().cpu().contiguous() for name, value in trained_tensors(model).items()}
             save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -44,16 +37,6 @@ def save_adapter(
         tokenizer.save_pretrained(partial)
         write_json(partial / FACTS_NAME, facts.to_dict())
         (partial / "README.md").write_text(card, encoding="utf-8")
-        flush_to_disk(partial)
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        flush(folder.parent)
-    except OSError as error:
-        raise LostError(f"{folder} could not be written: {error}. Check the free space and the permissions") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_adapted(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:

@@ -43,3 +43,7 @@ class TrainingError(LostError):
 
 class LostProcessError(TrainingError):
     """Processes of a run that no longer answer each other. Each says so, since the first may be the silent one."""
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

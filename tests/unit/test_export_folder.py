@@ -109,6 +109,19 @@ def test_a_failure_while_saving_leaves_the_older_folder(tmp_path, monkeypatch, f
     assert os.listdir(tmp_path) == ["final"]
 
 
+def test_a_failure_while_saving_removes_the_parents_that_it_made(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "there").mkdir()
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(LostError, match="no space"):
+        save_folder(tiny_llama(), tokenizer, tmp_path / "there" / "deep" / "deeper" / "out", "card")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 def test_a_killed_save_leaves_no_folder_of_that_name(tmp_path):
     """SIGKILL between the weights and the tokenizer: the name `final` must not exist."""
     program = """
