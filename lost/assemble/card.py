@@ -12,7 +12,7 @@ from lost.checkpoint import CheckpointManager
 from lost.checkpoint.io import read_json
 from lost.config.section import to_dict
 from lost.config.use import ExportConfig
-from lost.export import Form, adapted_card, model_card
+from lost.export import Form, adapted_card, lost_layers, model_card
 from lost.utils.errors import CheckpointError, ConfigError
 
 
@@ -27,7 +27,8 @@ def card_of(loaded: Loaded, config: ExportConfig, form: Form) -> str:
     own = loaded.place.folder / "README.md"
     if checkpoint is None:
         card = own.read_text(encoding="utf-8") if own.is_file() else bare_card(loaded)
-        return adapted_card(card, form, config.license, evaluations)
+        num_multiplied_out = len(lost_layers(loaded.model)) if form == "dense" else 0
+        return adapted_card(card, form, config.license, evaluations, num_multiplied_out=num_multiplied_out)
     counters, run_config = read_json(checkpoint / "state.json")["counters"], config_of_checkpoint(checkpoint)
     run_dir = loaded.place.run_dir
     assert run_dir is not None

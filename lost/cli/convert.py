@@ -10,7 +10,8 @@ from lost.config.runtime import RuntimeConfig
 from lost.config.section import to_dict
 from lost.config.validate import num_processes
 from lost.convert import convert
-from lost.convert.report import PICTURE_NAME, REPORT_NAME, summary_lines, table_of
+from lost.convert.report import summary_lines, table_of
+from lost.export.card import CONVERSION_PICTURE, CONVERSION_REPORT
 from lost.train.runtime import start_runtime
 from lost.utils.errors import ConfigError
 from lost.utils.logging import setup
@@ -30,7 +31,7 @@ def run(config: ConvertConfig) -> int:
     for line in summary_lines(conversion, config):
         console.print(line, markup=False)
     console.print(
-        f"{target}: every layer in {REPORT_NAME}, a picture in {PICTURE_NAME}\n"
+        f"{target}: every layer in {CONVERSION_REPORT}, a picture in {CONVERSION_PICTURE}\n"
         f"Load it with: import lost.model; from transformers import AutoModelForCausalLM;"
         f" AutoModelForCausalLM.from_pretrained({str(target)!r})",
         markup=False,

@@ -9,6 +9,7 @@ from lost.assemble.card import card_of
 from lost.assemble.load import Loaded, load_model
 from lost.config.use import ExportConfig
 from lost.export import Form, code_of, dense_model, lost_layers, save_folder
+from lost.export.card import CONVERSION_PICTURE, CONVERSION_REPORT
 from lost.export.hub import describe_push, push_folder, require_token
 from lost.utils.errors import ConfigError
 from lost.utils.logging import setup
@@ -30,7 +31,9 @@ def run(config: ExportConfig) -> int:
     refuse_adapter_beside(loaded)
     form = form_of(loaded, config)
     card = card_of(loaded, config, form)
-    model, more_files = in_form(loaded.model, form, dtype)
+    more_files = conversion_files(loaded.place.folder)
+    model, code = in_form(loaded.model, form, dtype)
+    more_files |= {name: text.encode() for name, text in code.items()}
     save_folder(model, loaded.tokenizer, target, card, max_shard_size=config.max_shard_size, more_files=more_files)
     print(f"{loaded.origin} -> {target} ({describe(model)})\n{how_to_load(form, target)}")
     if config.push:
@@ -87,6 +90,12 @@ def in_form(model: PreTrainedModel, form: Form, dtype: torch.dtype | None) -> tu
         return dense_model(model, dtype), {}
     model = model if dtype is None else model.to(dtype)  # pyright: ignore[reportArgumentType]
     return model, dict([code_of(model)]) if form == "self_contained" else {}
+
+
+def conversion_files(folder: Path) -> dict[str, bytes]:
+    """What `lost convert` has left in the folder of the model, and its card points to."""
+    paths = [folder / name for name in (CONVERSION_REPORT, CONVERSION_PICTURE)]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def describe(model: PreTrainedModel) -> str:

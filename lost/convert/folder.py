@@ -8,10 +8,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lost.convert.dense import INDEX_NAME
+from lost.export.card import CONVERSION_REPORT
 
 # Of a released folder: tokenizer, chat template, generation settings, licence.
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_NOT_BESIDE = ("config.json", "*.index.json", "conversion.json")
+_NOT_BESIDE = ("config.json", "*.index.json", CONVERSION_REPORT)
 
 
 class ShardWriter:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,19 +15,20 @@ from rich.table import Table
 
 from lost.config.convert import ConvertConfig
 from lost.config.section import to_dict
+from lost.export.card import CONVERSION_PICTURE, CONVERSION_REPORT, LOST_TAGS, joined_card, license_fields, usage
+from lost.utils.hub import is_hub_id
 
 if TYPE_CHECKING:
     from lost.convert.conversion import Conversion
 
-REPORT_NAME, PICTURE_NAME = "conversion.json", "conversion.png"
 _BLOCK = re.compile(r"(.*?\.)(\d+)\.(.*)")
 
 
 def write_report(folder: Path, conversion: "Conversion", config: ConvertConfig) -> None:
     """conversion.json, conversion.png and README.md."""
     facts = as_json(conversion, config)
-    (folder / REPORT_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    draw(facts["layers"], folder / PICTURE_NAME)
+    (folder / CONVERSION_REPORT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    draw(facts["layers"], folder / CONVERSION_PICTURE)
     (folder / "README.md").write_text(model_card(facts, conversion, config), encoding="utf-8")
 
 
@@ -147,59 +147,45 @@ def activation_words(config: ConvertConfig) -> str:
 
 def model_card(facts: dict[str, Any], conversion: "Conversion", config: ConvertConfig) -> str:
     """README.md; the licence is the dense model's, as its own card has it."""
+    own = conversion.place.folder / "README.md"
     header: dict[str, Any] = {
-        "license": own_licence(conversion.place.folder / "README.md"),
+        **license_fields(own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["lost", "low-rank", "sparse"],
+        "tags": LOST_TAGS,
     }
-    if not Path(conversion.place.name).is_absolute():
+    if is_hub_id(conversion.place.name):
         header["base_model"] = conversion.place.name
     rows = [" | ".join(row) for row in [COLUMNS, ("---",) * len(COLUMNS), *rows_of(facts["layers"])]]
     name = Path(conversion.place.name).name
-    return "\n".join(
+    text = "\n".join(
         [
-            "---",
-            yaml.safe_dump(header, sort_keys=True).rstrip(),
-            "---",
+            f"# {name}, converted to LOST",
             "",
-            f"# {name} in LOST form",
+            f"The {conversion.model_type} model {name}, whose linear layers `lost convert` made low-rank factors plus",
+            "a block of kept channels (LOST, arXiv 2508.02668), from the singular value decomposition of its trained",
+            "weights. Not trained any further.",
             "",
-            f"The {conversion.model_type} model {name} with its linear layers as low-rank factors plus a block of kept",
-            "channels (LOST, arXiv 2508.02668), from the singular value decomposition of its trained weights by",
-            "`lost convert`. Not trained any further.",
+            "## Conversion",
+            "",
+            "From the dense model to its LOST form:",
             "",
             "\n".join(f"- {line}" for line in summary_lines(conversion, config)),
             "",
             "\n".join(f"| {row} |" for row in rows),
             "",
             "Energy kept: share of the squared singular values in the low-rank factors. Error: |W - W'| / |W| in the",
-            f"Frobenius norm, kept channels included. Every layer: {REPORT_NAME}.",
+            f"Frobenius norm, kept channels included. Every layer: {CONVERSION_REPORT}.",
             "",
-            f"![Rank, energy kept and error of every layer]({PICTURE_NAME})",
+            f"![Rank, energy kept and error of every layer]({CONVERSION_PICTURE})",
             "",
-            "```python",
-            "import lost.model  # registers the model type",
-            "from transformers import AutoModelForCausalLM",
+            "## Use",
             "",
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
-            "```",
+            usage("lost"),
             "",
         ]
     )
-
-
-def own_licence(card: Path) -> str:
-    """The licence field of a model card; unknown where there is none."""
-    if not card.is_file():
-        return "unknown"
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
-    try:
-        header = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except yaml.YAMLError:
-        header = None
-    licence = header.get("license") if isinstance(header, dict) else None
-    return licence if isinstance(licence, str) else "unknown"
+    return joined_card(header, text)
 
 
 def _mean(values: list[float]) -> float:

@@ -4,9 +4,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import yaml
 from transformers import PreTrainedConfig
 
 Form = Literal["lost", "dense", "self_contained"]
+# What the card of a converted model points to.
+CONVERSION_REPORT, CONVERSION_PICTURE = "conversion.json", "conversion.png"
+LOST_TAGS = ["lost", "low-rank", "sparse"]
+_HEADER = re.compile(r"---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
 REGISTRATION = "import lost.model  # registers the model type\n"
 
 CITATION = """```bibtex
@@ -82,8 +87,16 @@ def model_card(config: PreTrainedConfig, facts: CardFacts) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def adapted_card(card: str, form: Form, license_name: str, evaluations: list[str]) -> str:
-    """A card that came with a model, for the form in which the model is now: use, licence and evaluation are new."""
+def adapted_card(
+    card: str, form: Form, license_name: str, evaluations: list[str], *, num_multiplied_out: int = 0
+) -> str:
+    """A card that came with a model, for the form in which the model is now: use, licence and evaluation are new.
+
+    Args:
+        num_multiplied_out: LOST layers that are one matrix each in this folder, while the card is of their LOST form.
+    """
+    if num_multiplied_out:
+        card = with_section(without_lost_tags(card), "Form", multiplied_out(num_multiplied_out))
     card = with_section(card, "Use", usage(form))
     card = with_section(card, "Evaluation", evaluation(evaluations)) if evaluations else card
     return with_license(card, license_name) if license_name else card
@@ -98,13 +111,64 @@ def with_section(card: str, title: str, text: str) -> str:
     return card.rstrip("\n") + f"\n\n{section}"
 
 
+class _HeaderLoader(yaml.SafeLoader):
+    """With the booleans of YAML 1.2 only: `language: no` is Norwegian."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_HeaderLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_HeaderLoader.add_implicit_resolver(_BOOL, re.compile("true|false", re.IGNORECASE), list("tTfF"))
+
+
+def split_card(card: str) -> tuple[dict[str, Any], str]:
+    """(the fields of a card's header, the rest); a header that is no YAML has no fields."""
+    card = card.replace("\r\n", "\n")
+    found = _HEADER.match(card)
+    if found is None:
+        return {}, card
+    try:
+        header = yaml.load(found[1], Loader=_HeaderLoader)
+    except yaml.YAMLError:
+        header = None
+    return header if isinstance(header, dict) else {}, card[found.end() :].lstrip("\n")
+
+
+def joined_card(header: dict[str, Any], text: str) -> str:
+    fields = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    return f"---\n{fields}---\n\n{text}"
+
+
+def license_fields(card: str) -> dict[str, Any]:
+    """What a card's header says of the licence; unknown where it says nothing."""
+    header, _ = split_card(card)
+    found = {key: header[key] for key in ("license", "license_name", "license_link") if header.get(key)}
+    return {"license": "unknown"} | found
+
+
 def with_license(card: str, name: str) -> str:
-    """The card with this licence in its header, which it gets where it has none."""
-    header_text = re.match(r"---\n(.*?)^---\n", card, re.MULTILINE | re.DOTALL)
-    if header_text is None:
-        return f"---\nlicense: {name}\n---\n\n{card}"
-    lines = [line for line in header_text[1].splitlines() if not line.startswith("license")]
-    return "\n".join(["---", f"license: {name}", *lines, "---\n"]) + card[header_text.end() :]
+    """The card with this licence in its header, and no name or link of another."""
+    header, text = split_card(card)
+    others = {key: value for key, value in header.items() if key not in ("license", "license_name", "license_link")}
+    return joined_card({"license": name} | others, text)
+
+
+def without_lost_tags(card: str) -> str:
+    """The card without the tags of the LOST form."""
+    header, text = split_card(card)
+    tags = header.get("tags")
+    if not isinstance(tags, list) or "lost" not in tags:
+        return card
+    return joined_card(header | {"tags": [tag for tag in tags if tag not in LOST_TAGS]}, text)
+
+
+def multiplied_out(num_layers: int) -> str:
+    return (
+        f"This folder holds the model in dense form: each of its {num_layers} LOST layers is multiplied out to one"
+        " matrix.\nWhat this card says of ranks and numbers of parameters is about the LOST form that it was made from."
+    )
 
 
 def is_lost(facts: CardFacts) -> bool:
@@ -116,7 +180,7 @@ def form_of(facts: CardFacts) -> Form:
 
 
 def header(facts: CardFacts) -> str:
-    tags = ["llama", "pretraining"] + (["lost", "low-rank", "sparse"] if is_lost(facts) else [])
+    tags = ["llama", "pretraining"] + (LOST_TAGS if form_of(facts) != "dense" else [])
     lines = [f"license: {facts.license}", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     return "\n".join(["---", *lines, *[f"- {tag}" for tag in tags], "---"])
 
@@ -128,7 +192,7 @@ def method(facts: CardFacts) -> str:
     text = (
         "A LLaMA whose attention and MLP projections were pre-trained in LOST form (arXiv 2508.02668): each is\n"
         "`gamma * act(x A^T) B^T + (1 - gamma) * x[:, I] W_s^T`, low-rank factors plus a trained dense block of a few\n"
-        f"kept channels. It has {share:.0%} of the parameters of the dense model of the same width and depth."
+        f"kept channels. In this form it has {share:.0%} of the parameters of the dense model of its width and depth."
     )
     if form_of(facts) == "dense":
         text += "\nThis folder holds it in dense form: each projection multiplied out to one matrix."
@@ -159,9 +223,16 @@ def architecture(config: PreTrainedConfig, facts: CardFacts) -> str:
     rows: list[tuple[str, Any]] = [
         (name, getattr(config, name)) for name in (*names, "vocab_size", "max_position_embeddings")
     ]
+    is_multiplied_out = is_lost(facts) and form_of(facts) == "dense"
     rows += [
-        ("parameters", f"{facts.num_parameters:,} ({facts.num_parameters / 1e6:.2f} M)"),
-        ("dense would have", f"{facts.num_dense_parameters:,} ({facts.num_dense_parameters / 1e6:.2f} M)"),
+        (
+            "parameters in LOST form" if is_multiplied_out else "parameters",
+            f"{facts.num_parameters:,} ({facts.num_parameters / 1e6:.2f} M)",
+        ),
+        (
+            "parameters" if is_multiplied_out else "dense would have",
+            f"{facts.num_dense_parameters:,} ({facts.num_dense_parameters / 1e6:.2f} M)",
+        ),
         ("parameterization", facts.parameterization.get("name")),
     ]
     rows += [

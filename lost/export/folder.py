@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lost.export.card import CardFacts, model_card
+from lost.export.forms import forget_code
 from lost.utils.files import appearing
 from lost.utils.quiet import quiet_libraries
 
@@ -39,15 +40,18 @@ def save_folder(
     card: str,
     *,
     max_shard_size: str = "50GB",
-    more_files: Mapping[str, str] | None = None,
+    more_files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """`save_final` with the text of the card given.
 
     Args:
         max_shard_size: largest safetensors file, as transformers takes it; more weights make more files and an index.
-        more_files: texts of further files by name.
+        more_files: contents of further files by name.
     """
     folder = Path(folder).absolute()
+    files = {**(more_files or {}), "README.md": card.encode()}
+    if not any(name.endswith(".py") for name in files):
+        forget_code(model.config)
     with appearing(folder, replaces=True) as partial:
         # A classifier writes no text.
         if model.can_generate():
@@ -55,8 +59,8 @@ def save_folder(
         with quiet_libraries():
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(partial)
-        for name, text in {**(more_files or {}), "README.md": card}.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
     return folder
 
 

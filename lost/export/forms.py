@@ -102,3 +102,9 @@ def code_of(model: PreTrainedModel) -> tuple[str, str]:
         "AutoModelForCausalLM": f"{module}.Lost{names['LlamaForCausalLM']}",
     }
     return f"{module}.py", text
+
+
+def forget_code(config: PreTrainedConfig) -> None:
+    """Takes out of a config what names a Python file beside it: of a folder that had one, saved without it."""
+    for key in ("auto_map", "lost_layers"):
+        vars(config).pop(key, None)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -434,6 +435,32 @@ def test_folders_that_are_not_whole(tmp_path, capsys):
     assert "pickles" in refused(capsys, source, "lost_rank=3")
     (source / "pytorch_model.bin").unlink()
     assert "no weights" in refused(capsys, source, "lost_rank=3")
+
+
+@pytest.mark.parametrize("form", ["lost", "dense", "self_contained"])
+def test_the_card_is_true_in_every_form(tmp_path, monkeypatch, form):
+    dense(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text(
+        "---\nlicense:\n- other\nlicense_name: its-own\nlicense_link: LICENSE\nlanguage: no\n---\n# A model\n"
+    )
+    monkeypatch.setattr("lost.convert.report.draw", lambda _, path: path.write_bytes(b"a picture"))
+    monkeypatch.chdir(tmp_path)
+    converted("dense", "lost", "lost_rank=3")
+    fields = ModelCard.load("lost/README.md").data.to_dict()
+    # A folder is no address on a hub.
+    assert "base_model" not in fields
+    assert (fields["license"], fields["license_name"], fields["license_link"]) == (["other"], "its-own", "LICENSE")
+    assert lost_here("export", "source=lost", "to=out", f"form={form}") == 0
+    card = ModelCard.load("out/README.md")
+    for line in ("(conversion.png)", "Every layer: conversion.json"):
+        assert line in card.text
+    for name in ("conversion.json", "conversion.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "lost" / name).read_bytes()
+    assert card.text.count("```python") == card.text.count("## Use") == 1
+    assert ("import lost.model" in card.text) == (form == "lost")
+    assert ("trust_remote_code=True" in card.text) == (form == "self_contained")
+    assert ("lost" in card.data.tags) == (form != "dense")
+    assert ("each of its 14 LOST layers is multiplied out" in card.text) == (form == "dense")
 
 
 def test_one_file_goes_before_an_index_as_in_transformers(tmp_path):

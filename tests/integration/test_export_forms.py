@@ -159,6 +159,17 @@ def test_shards_hold_all_weights_and_lost_reads_every_form(without_lost):
     assert torch.equal(logits_of(load_model(str(folder)).model), logits_of(models["silu"]))
 
 
+@pytest.mark.parametrize("form", ["lost", "dense"])
+def test_a_self_contained_folder_in_another_form_names_no_code(without_lost, tmp_path, form):
+    _, folders, _ = without_lost
+    out = tmp_path / "out"
+    assert lost_here("export", f"source={folders['fixed', 'self_contained']}", f"to={out}", f"form={form}") == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == {"lost": "lost_llama", "dense": "llama"}[form]
+    assert not {"auto_map", "lost_layers"} & set(config)
+    assert not list(out.glob("*.py"))
+
+
 def test_a_missing_shard_is_refused(without_lost, tmp_path, capsys):
     _, folders, _ = without_lost
     broken = tmp_path / "broken"

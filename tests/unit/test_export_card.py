@@ -7,8 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from lost.export import adapted_card, save_folder
+from lost.export.card import license_fields
 from lost.export.hub import describe_push, push_folder
 from lost.testing.runs import lost_here, tiny_run, write_corpus
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
@@ -52,6 +54,21 @@ def test_a_card_that_came_with_a_model_keeps_its_words():
     assert adapted_card(bare, "dense", "mit", []) == bare
 
 
+def test_a_licence_replaces_a_list_and_leaves_the_other_fields_as_they_are():
+    card = "---\nlicense:\n- apache-2.0\n- other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: no\n---\n# A\n"
+    data = ModelCard(adapted_card(card, "dense", "mit", [])).data.to_dict()
+    assert data == {"license": "mit", "language": "no"}
+    assert license_fields(card) == {
+        "license": ["apache-2.0", "other"],
+        "license_name": "mine",
+        "license_link": "LICENSE",
+    }
+    assert license_fields("# No header\n") == license_fields("---\n- a: [\n---\n# Bad\n") == {"license": "unknown"}
+    bad = adapted_card("---\n- a: [\n---\n# Bad\n", "dense", "mit", [])
+    assert ModelCard(bad).data.to_dict() == {"license": "mit"}
+    assert "a: [" not in bad
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run with identity activation, whose layers have a dense form."""
@@ -80,6 +97,9 @@ def test_the_card_of_a_run_in_another_form_has_training_facts_evaluation_and_lic
         assert expected in card, expected
     assert "import lost" not in card
     assert ModelCard(card).data.license == "apache-2.0"
+    assert not {"lost", "low-rank", "sparse"} & set(ModelCard(card).data.tags)
+    num_parameters = sum(value.numel() for value in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert f"| parameters | {num_parameters:,} (" in card
 
 
 def test_an_evaluation_of_another_model_is_refused(run, tmp_path, capsys):
