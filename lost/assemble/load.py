@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -30,6 +31,19 @@ from lost.utils.logging import get_logger
 from lost.utils.quiet import quiet_libraries
 
 log = get_logger(__name__)
+
+# What transformers raises where a file of a model is damaged, or its values have another type or make no model.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -90,9 +104,10 @@ def load_with_adapter(
 def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(place.tokenizer_folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise LostError(
-            f"source = {place.name}: its tokenizer in {place.tokenizer_folder} cannot be loaded: {first_line(error)}"
+            f"source = {place.name}: its tokenizer in {place.tokenizer_folder} cannot be loaded:"
+            f" {what_went_wrong(error)}"
         ) from error
 
 
@@ -136,10 +151,10 @@ def load_export(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a Hugging Face folder."""
     try:
         config = AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise LostError(
             f"source = {place.name}: its config.json names no model that transformers or lost knows"
-            f" ({first_line(error)})"
+            f" ({what_went_wrong(error)})"
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise LostError(
@@ -158,8 +173,8 @@ def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any
     try:
         with quiet_libraries():
             model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LostError(f"source = {place.name}: its weights cannot be loaded: {first_line(error)}") from error
+    except UNREADABLE as error:
+        raise LostError(f"source = {place.name}: its weights cannot be loaded: {what_went_wrong(error)}") from error
     if info["missing_keys"]:
         raise LostError(
             f"source = {place.name}: its weights lack {some_of(info['missing_keys'])}: the folder is not complete, or"
@@ -168,6 +183,14 @@ def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any
     if info["unexpected_keys"]:
         log.warning("%s holds weights that its model does not use: %s", place.name, some_of(info["unexpected_keys"]))
     return model
+
+
+def what_went_wrong(error: Exception) -> str:
+    """An error in one line; the name of one that is not about files or values says more than its words."""
+    words = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+    return (
+        words if isinstance(error, OSError | ValueError | StrictDataclassError) else f"{type(error).__name__}: {words}"
+    )
 
 
 def some_of(names: Iterable[str], limit: int = 3) -> str:

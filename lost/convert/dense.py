@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lost.assemble.load import some_of
+from lost.assemble.load import UNREADABLE, some_of, what_went_wrong
 from lost.assemble.locate import Place
 from lost.model.other_families import PREFIX
 from lost.utils.errors import CheckpointError, ConfigError, first_line
@@ -59,7 +59,8 @@ class DenseCheckpoint:
                 f" lost export source={place.folder} to=<folder>, or name a finished run"
             )
         self.config: Any = config_of(place)
-        self.model = meta_model(self.config)
+        refuse_damaged_generation_config(place)
+        self.model = meta_model(self.config, place)
         self.stored = self._needed(by_model_name(self.model, tensors_of(place)))
 
     def read(self, name: str) -> Tensor:
@@ -103,9 +104,9 @@ def config_of(place: Place) -> Any:
     """
     try:
         config: Any = AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise ConfigError(
-            f"source = {place.name}: its config.json names no model that transformers knows ({first_line(error)})"
+            f"source = {place.name}: its config.json names no model that transformers knows ({what_went_wrong(error)})"
         ) from error
     model_type = str(config.model_type)
     if model_type.startswith(PREFIX):
@@ -128,9 +129,36 @@ def convertible() -> list[str]:
     return sorted(name.removeprefix(PREFIX) for name in CONFIG_MAPPING if name.startswith(PREFIX))
 
 
-def meta_model(config: Any) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def refuse_damaged_generation_config(place: Place) -> None:
+    """Raises where generation_config.json, which goes along with the model, cannot be read.
+
+    Raises:
+        ConfigError: it is cut off, or no settings of generation.
+    """
+    if not (place.folder / "generation_config.json").is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(place.folder, local_files_only=True)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"source = {place.name}: its generation_config.json cannot be read ({what_went_wrong(error)}): fetch it"
+            " again, or remove it"
+        ) from error
+
+
+def meta_model(config: Any, place: Place) -> PreTrainedModel:
+    """The model without memory.
+
+    Raises:
+        ConfigError: sizes that make no model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"source = {place.name}: the sizes in its config.json make no model ({what_went_wrong(error)})"
+        ) from error
 
 
 def tensors_of(place: Place) -> dict[str, Stored]:

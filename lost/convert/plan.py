@@ -68,7 +68,7 @@ def targets_of(checkpoint: DenseCheckpoint, config: ConvertConfig) -> Targets:
         CheckpointError: a layer's weight is no floating-point matrix.
     """
     lost = lost_config(config)
-    report = inject(meta_model(checkpoint.config), lost)
+    report = inject(meta_model(checkpoint.config, checkpoint.place), lost)
     num_more = 1 if config.gamma_mode == "learnable" else 0
     layers = tuple(
         LayerSize(layer.name, layer.out_features, layer.in_features, layer.num_kept, num_more)

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import weakref
 
 import pytest
@@ -372,7 +373,13 @@ def test_settings_that_cannot_be(tmp_path, capsys):
     assert "require_saving=false" in message
     smallest = refused(capsys, source, "parameters=100")
     assert "raise parameters to at least" in smallest
-    assert "Nothing" not in smallest
+    # The number that it names is enough.
+    least = re.search(r"raise parameters to at least ([\d,]+)", smallest)
+    assert least is not None, smallest
+    budget = int(least[1].replace(",", ""))
+    found = converted(source, tmp_path / "smallest", f"parameters={budget}")
+    assert sum(parameter.numel() for parameter in found.parameters()) <= budget
+    assert "at least" in refused(capsys, source, f"parameters={budget - 1}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert lost_here("convert", f"source={source}", f"to={tmp_path / 'full'}", *QUIET, "lost_rank=4") == 2
@@ -400,6 +407,30 @@ def test_models_that_cannot_be_converted(tmp_path, capsys):
     assert "quantised" in refused(capsys, tmp_path / "dense", "lost_rank=3")
     edited(tmp_path / "dense", quantization_config=None, model_type="of_tomorrow")
     assert "of_tomorrow" in refused(capsys, tmp_path / "dense", "lost_rank=3")
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"vocab_size": -3}])
+def test_a_config_that_makes_no_model_is_one_message(tmp_path, capsys, changes):
+    dense(tmp_path / "dense")
+    edited(tmp_path / "dense", head_dim=None, **changes)
+    assert "config.json" in refused(capsys, tmp_path / "dense", "lost_rank=3")
+    for command in ("export", "generate"):
+        more = {"export": f"to={tmp_path / 'refused'}", "generate": "prompt=a"}[command]
+        assert lost_here(command, f"source={tmp_path / 'dense'}", more) == 2
+        message = capsys.readouterr().err
+        assert f"source = {tmp_path / 'dense'}" in message
+        assert "Traceback" not in message
+
+
+def test_an_index_without_names_and_a_generation_config_that_is_cut_off(tmp_path, capsys):
+    dense(tmp_path / "dense")
+    (tmp_path / "dense" / "generation_config.json").write_text('{"eos_token_id": [1,')
+    assert "generation_config.json cannot be read" in refused(capsys, tmp_path / "dense", "lost_rank=3")
+    (tmp_path / "dense" / "generation_config.json").unlink()
+    (tmp_path / "dense" / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": [1]}')
+    assert "is no index of weights" in refused(capsys, tmp_path / "dense", "lost_rank=3")
+    assert lost_here("export", f"source={tmp_path / 'dense'}", f"to={tmp_path / 'refused'}") == 2
+    assert "its weights cannot be loaded" in capsys.readouterr().err
 
 
 def test_folders_that_are_not_whole(tmp_path, capsys):
