@@ -24,6 +24,8 @@ ARMS = {
     "dense_full": ("dense", "full"),
     "random_full": ("random", "full"),
 }
+# Each form's best of a sweep on another text (docs/results.md).
+PRETRAIN_LEARNING_RATES = {"lost": 3e-3, "dense": 2e-3}
 LEARNING_RATES = {"full": 3e-4, "lost_adapter": 3e-3}
 SETS = ("validation", "test")
 NUM_RESAMPLES = 10_000
@@ -56,7 +58,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--polarity", type=Path, required=True, help="folder of the labelled sentences")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of result.json")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pretrain-steps", type=int, default=2000)
+    parser.add_argument("--pretrain-steps", type=int, default=700, help="of 4,096 tokens")
     parser.add_argument("--epochs", type=float, default=3.0)
     return parser.parse_args()
 
@@ -82,11 +84,13 @@ def pretrained(form: str, seed: int, arguments: argparse.Namespace) -> Path:
     """The run directory of one pre-training; `random`: LOST's initial weights, after one step that changes nothing."""
     run_dir = arguments.out / f"pretrained_{form}_{seed}"
     files = [f"data.{key}_files=[{arguments.english / key}.jsonl.gz]" for key in ("train", "validation")]
-    length = ["train.max_steps=1", "optimizer.learning_rate=0"] if form == "random" else []
-    length = length or [f"train.max_steps={arguments.pretrain_steps}", "optimizer.learning_rate=0.003"]
-    parameterization = "dense" if form == "dense" else "lost"
-    settings = ["experiment=custom", "model=llama_tiny", f"parameterization={parameterization}", "data=text_files"]
-    lost("pretrain", *settings, *files, *length, f"seed={seed}", f"run_dir={run_dir}", "logging=none")
+    length, learning_rate = arguments.pretrain_steps, PRETRAIN_LEARNING_RATES.get(form)
+    if learning_rate is None:
+        form, length, learning_rate = "lost", 1, 0
+    settings = ["experiment=quickstart", f"parameterization={form}", "data=text_files", f"train.max_steps={length}"]
+    settings += [f"optimizer.learning_rate={learning_rate}", f"seed={seed}", f"run_dir={run_dir}", "logging=none"]
+    settings += ["evaluation.every_steps=50", "evaluation.max_tokens=50000"]
+    lost("pretrain", *settings, *files)
     return run_dir
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lost.accounting import flops_per_token
 from lost.assemble.facts import card_facts
 from lost.assemble.resume import by_main, is_finished, stored_config
-from lost.assemble.run import Job, carry_out
+from lost.assemble.run import Job, carry_out, whole_model
 from lost.assemble.sample import sample_text
 from lost.assemble.source import Start, start_as_stored, start_of
 from lost.assemble.summary import print_start, print_summary
@@ -93,7 +93,7 @@ def broadcast(tensor: torch.Tensor, source: int) -> None:
 
 def save_final_model(run: Run, start: Start, state: TrainState, prepared: Prepared) -> None:
     """The Hugging Face folder final/ and a sample of what the model writes."""
-    model = whole_model(run, start, prepared)
+    model = whole_model(run, lambda: empty_model(start, prepared, run.runtime.param_dtype))
     if model is None:
         return
     run_dir = Path(start.config.run_dir)
@@ -104,19 +104,11 @@ def save_final_model(run: Run, start: Start, state: TrainState, prepared: Prepar
     save_final(model, prepared.tokenizer, run_dir / "final", facts)
 
 
-def whole_model(run: Run, start: Start, prepared: Prepared) -> PreTrainedModel | None:
-    """The trained model as one process has it that trains alone; None on every process but the first."""
-    model = run.engine.model
-    assert isinstance(model, PreTrainedModel)
-    if run.runtime.name in ("single", "ddp"):
-        return model if run.runtime.is_main else None
-    weights = run.engine.whole_tensors()
-    if not run.runtime.is_main:
-        return None
-    whole = start.make_meta_model(run.runtime.param_dtype, prepared.tokenizer)
-    materialise(whole, start.config.parameterization, "cpu")
-    whole.load_state_dict(weights)
-    return whole
+def empty_model(start: Start, prepared: Prepared, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the CPU; its values are anything."""
+    model = start.make_meta_model(dtype, prepared.tokenizer)
+    materialise(model, start.config.parameterization, "cpu")
+    return model
 
 
 def prepare_data(start: Start, runtime: Runtime) -> Prepared:

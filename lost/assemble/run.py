@@ -5,12 +5,14 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar, cast
 
 import yaml
 from torch import nn
 
 from lost.assemble.resume import RunConfig, check_checkpoint, find_checkpoint, restore
 from lost.assemble.rollback import go_back_with
+from lost.assemble.validation import EvaluationLine
 from lost.checkpoint import (
     CheckpointManager,
     read_status,
@@ -23,7 +25,7 @@ from lost.checkpoint.run_dir import RunState
 from lost.config.section import to_dict
 from lost.data import Batch, Prepared, train_batches
 from lost.train.divergence import data_step
-from lost.train.engine import build_engine
+from lost.train.engine import build_engine, trained_names
 from lost.train.metrics import MetricsLogger, Progress
 from lost.train.objective import NextToken, Objective
 from lost.train.profile import StepProfiler
@@ -39,7 +41,7 @@ from lost.utils.versions import versions
 
 log = get_logger(__name__)
 
-EvaluationLine = dict[str, float | int | str]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,31 @@ def save_with(job: Job, run: Run, manager: CheckpointManager) -> Callable[[Train
         if run.runtime.is_main:
             run.metrics.sync()
             write_status(run.config.run_dir, "running", state.step)
-        save_to(state.step, tensors, facts, also_keep=state.best_step or None)
+        save_to(state.step, tensors, facts, also_keep=best_kept(run, state))
 
     return save
+
+
+def best_kept(run: Run, state: TrainState) -> int | None:
+    """Step of the best checkpoint of a run that keeps it."""
+    return state.best_step or None if run.selection and run.selection.is_best_kept else None
+
+
+def whole_model(run: Run, make_model: Callable[[], Model]) -> Model | None:
+    """The trained model as one process has it that trains alone; None on every process but the first.
+
+    Args:
+        make_model: the model, of which nothing but what is not trained needs its values.
+    """
+    if run.runtime.name in ("single", "ddp"):
+        return cast(Model, run.engine.model) if run.runtime.is_main else None
+    weights = run.engine.whole_tensors()
+    if not run.runtime.is_main:
+        return None
+    whole = make_model()
+    keys = whole.load_state_dict(weights, strict=False)
+    assert not keys.unexpected_keys and not trained_names(whole) & set(keys.missing_keys), keys  # noqa: PT018
+    return whole
 
 
 def close_run(job: Job, run: Run, state: TrainState, reached_the_end: bool) -> int:

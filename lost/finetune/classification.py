@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lost.assemble.run import EvaluationLine
+from lost.assemble.validation import EvaluationLine
 from lost.checkpoint import write_text_atomically
-from lost.config.finetune import FinetuneConfig, FinetuneDataConfig
+from lost.config.finetune import FinetuneConfig
 from lost.data.cache import key_of, made_once
 from lost.evaluation.perplexity import autocast_to, evaluation_mode
 from lost.finetune.labelled import GLUE, Examples, LabelledSets, identity_of, read_labelled
@@ -115,10 +115,6 @@ def main_metric(config: FinetuneConfig) -> str:
     if config.task != "classification":
         return "loss"
     return GLUE[config.data.glue].metrics[0] if config.data.glue else "accuracy"
-
-
-def is_regression(data: FinetuneDataConfig) -> bool:
-    return data.glue == "stsb"
 
 
 def evaluate_labelled(run: Run, data: LabelledData, micro_batch_size: int) -> EvaluationLine:

@@ -1,12 +1,11 @@
 """What a fine-tuning run leaves behind: the kept weights in final/, test results and predictions."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lost.assemble.run import whole_model
 from lost.checkpoint import CheckpointManager, write_json_atomically
 from lost.checkpoint.manager import step_name
 from lost.checkpoint.shards import read_into
@@ -86,16 +85,3 @@ def measured(run: Run, config: FinetuneConfig, labelled: LabelledData) -> dict[s
             path = Path(config.run_dir) / "predictions" / f"{name}.jsonl"
             write_predictions(path, logits, rows, labelled.label_names)
     return results
-
-
-def whole_model(run: Run, make_model: Callable[[], nn.Module]) -> nn.Module | None:
-    """The trained model as one process has it that trains alone; None on every process but the first."""
-    if run.runtime.name in ("single", "ddp"):
-        return run.engine.model if run.runtime.is_main else None
-    weights = run.engine.whole_tensors()
-    if not run.runtime.is_main:
-        return None
-    whole = make_model()
-    left_over = whole.load_state_dict(weights, strict=False).unexpected_keys
-    assert not left_over, left_over
-    return whole

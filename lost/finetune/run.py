@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lost.assemble.resume import by_main, is_finished, stored_config
-from lost.assemble.run import EvaluationLine, Job, carry_out
-from lost.assemble.validation import evaluation_line
+from lost.assemble.run import Job, carry_out
+from lost.assemble.validation import EvaluationLine, evaluation_line
 from lost.checkpoint import RunLock, check_same, fixed_keys
 from lost.checkpoint.shards import read_into
 from lost.config.finetune import FinetuneConfig, as_text_files
@@ -189,7 +189,12 @@ def job_of(config: FinetuneConfig, material: Material, runtime: Runtime) -> Job:
         print_start=lambda state: print_start(config, runtime, material.prepared, state),
         print_summary=lambda: print_summary(run_dir),
         objective=material.objective,
-        selection=Selection(f"eval/{metric}", HIGHER_IS_BETTER[metric], config.evaluation.patience),
+        selection=Selection(
+            f"eval/{metric}",
+            HIGHER_IS_BETTER[metric],
+            config.evaluation.patience,
+            is_best_kept=config.evaluation.keep == "best",
+        ),
     )
 
 

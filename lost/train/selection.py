@@ -16,11 +16,13 @@ class Selection:
         key: of the evaluation line.
         is_higher_better: accuracy is, a loss is not.
         patience: evaluations in a row without a better one after which the run ends; 0: never.
+        is_best_kept: whether the checkpoint of the best one is saved, and not deleted.
     """
 
     key: str
     is_higher_better: bool
     patience: int = 0
+    is_best_kept: bool = True
 
     def record(self, state: TrainState, line: Mapping[str, Any]) -> bool:
         """Notes an evaluation after state.step in `state`; whether it is the best so far. NaN is never."""

@@ -230,13 +230,16 @@ def count_over_processes(run: Run, micro_batches: list[Batch]) -> tuple[int, int
 
 
 def log_evaluation(run: Run, state: TrainState, evaluate: Evaluate) -> bool:
-    """Evaluates and writes the line; whether it is the best one so far of a run that selects by it.
+    """Evaluates and writes the line; whether it is the best one so far of a run that keeps it.
 
-    That of step 0 does not count: it is what training must better.
+    That of step 0 does not count: it is what training must better. Nor does one after a skipped step, whose weights
+    are those of a step before.
     """
     line = evaluate()
     run.metrics.log({"step": state.step, **line})
-    return run.selection is not None and state.step > 0 and run.selection.record(state, line)
+    if run.selection is None or state.step == 0 or state.skipped_in_a_row:
+        return False
+    return run.selection.record(state, line) and run.selection.is_best_kept
 
 
 def is_over(run: Run, state: TrainState) -> bool:

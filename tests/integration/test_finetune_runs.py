@@ -169,3 +169,9 @@ def test_epochs_decide_the_length(place):
     steps = max(evaluations(run, "loss"))
     # A tenth is held out, roughly.
     assert 0.5 * 0.8 * sizes / 8 <= steps <= 0.5 * sizes / 8 + 1
+
+
+def test_where_the_last_weights_are_kept_no_best_ones_are_saved(place):
+    more = ["train.max_steps=6", "evaluation.every_steps=2", "evaluation.keep=last", "checkpoint.every_steps=0"]
+    run = finetuned(place, "last", "lost_run", *more)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000006"]
