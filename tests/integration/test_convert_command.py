@@ -1,62 +1,29 @@
-"""`lost convert` on folders that transformers wrote: what loads afterwards, what is refused, what memory it takes."""
+"""`lost convert` on folders that transformers wrote: what loads afterwards, what memory it takes."""
 
 import gc
 import json
 import math
-import re
 import weakref
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lost.convert.conversion as conversion_module
 from lost.convert.dense import convertible
 from lost.model import LostLinear
+from lost.testing.conversions import QUIET, converted, dense, error_of, refused, some_ids
 from lost.testing.forked import carry_out
 from lost.testing.runs import lost_here, read_metrics, succeed, tiny_run, write_corpus
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
-
-SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
-QUIET = ("perplexity=false", "data.cache_dir=unused")
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """A picture takes four times as long as the conversion of these models; commands that are processes draw it."""
     monkeypatch.setattr("lost.convert.report.draw", lambda *_: None)
-
-
-def dense(folder, family="llama", *, dtype=torch.float32, **changes):
-    """A released folder: random weights of a size that matters, biases and norms too, written by transformers."""
-    keys = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "vocab_size": 258}
-    config = AutoConfig.for_model(family, **keys | {"pad_token_id": 0, "initializer_range": 0.2} | changes)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model = model.to(dtype)
-    model.save_pretrained(folder, max_shard_size="20KB")
-    tiny_tokenizer().save_pretrained(folder)
-    return model
-
-
-def some_ids():
-    return torch.randint(2, 258, (2, 13), generator=torch.Generator().manual_seed(3))
-
-
-def converted(source, target, *overrides):
-    assert lost_here("convert", f"source={source}", f"to={target}", *QUIET, *overrides) == 0
-    return AutoModelForCausalLM.from_pretrained(target).eval()
-
-
-def error_of(ours, reference):
-    return float(
-        (ours.double() - reference.double()).square().mean().sqrt() / reference.double().square().mean().sqrt()
-    )
 
 
 @pytest.mark.parametrize("family", convertible())
@@ -349,125 +316,6 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     assert peak(24, 1) - large > 25e6
 
 
-def refused(capsys, source, *overrides):
-    """The message of a conversion that must end with status 2 and leave nothing."""
-    target = source.parent / "refused"
-    assert lost_here("convert", f"source={source}", f"to={target}", *QUIET, *overrides) == 2
-    assert not target.exists()
-    assert not list(source.parent.glob(".refused*"))
-    return " ".join(capsys.readouterr().err.split())
-
-
-def test_settings_that_cannot_be(tmp_path, capsys):
-    dense(tmp_path / "dense")
-    source = tmp_path / "dense"
-    assert "nothing says it" in refused(capsys, source)
-    assert "lost_rank and parameters each say it" in refused(capsys, source, "lost_rank=4", "parameters=0.5")
-    assert "gamma = 1.0: must be below 1" in refused(capsys, source, "lost_rank=4", "gamma=1")
-    assert "gamma = 0.0: must be above 0" in refused(capsys, source, "lost_rank=4", "gamma=0")
-    assert "did you mean lost_rank" in refused(capsys, source, "lost_rnk=4")
-    assert "q_porj names no linear" in refused(capsys, source, "lost_rank=4", "target_modules=[q_porj]")
-    assert "rank 33" in refused(capsys, source, "lost_rank=33").replace("lost_rank = 33", "rank 33")
-    message = refused(capsys, source, "lost_rank=0.6")
-    assert "saves nothing" in message
-    assert "require_saving=false" in message
-    smallest = refused(capsys, source, "parameters=100")
-    assert "raise parameters to at least" in smallest
-    # The number that it names is enough.
-    least = re.search(r"raise parameters to at least ([\d,]+)", smallest)
-    assert least is not None, smallest
-    budget = int(least[1].replace(",", ""))
-    found = converted(source, tmp_path / "smallest", f"parameters={budget}")
-    assert sum(parameter.numel() for parameter in found.parameters()) <= budget
-    assert "at least" in refused(capsys, source, f"parameters={budget - 1}")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert lost_here("convert", f"source={source}", f"to={tmp_path / 'full'}", *QUIET, "lost_rank=4") == 2
-    assert "is not empty" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
-
-
-def edited(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def test_models_that_cannot_be_converted(tmp_path, capsys):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    message = refused(capsys, tmp_path / "gpt2", "lost_rank=4")
-    assert "gpt2" in message
-    assert "mistral" in message
-    dense(tmp_path / "dense")
-    converted(tmp_path / "dense", tmp_path / "lost", "lost_rank=3")
-    assert "in LOST form already" in refused(capsys, tmp_path / "lost", "lost_rank=3")
-    edited(tmp_path / "dense", quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantised" in refused(capsys, tmp_path / "dense", "lost_rank=3")
-    edited(tmp_path / "dense", quantization_config=None, model_type="of_tomorrow")
-    assert "of_tomorrow" in refused(capsys, tmp_path / "dense", "lost_rank=3")
-
-
-@pytest.mark.parametrize("changes", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"vocab_size": -3}])
-def test_a_config_that_makes_no_model_is_one_message(tmp_path, capsys, changes):
-    dense(tmp_path / "dense")
-    edited(tmp_path / "dense", head_dim=None, **changes)
-    assert "config.json" in refused(capsys, tmp_path / "dense", "lost_rank=3")
-    for command in ("export", "generate"):
-        more = {"export": f"to={tmp_path / 'refused'}", "generate": "prompt=a"}[command]
-        assert lost_here(command, f"source={tmp_path / 'dense'}", more) == 2
-        message = capsys.readouterr().err
-        assert f"source = {tmp_path / 'dense'}" in message
-        assert "Traceback" not in message
-
-
-def test_an_index_without_names_and_a_generation_config_that_is_cut_off(tmp_path, capsys):
-    dense(tmp_path / "dense")
-    (tmp_path / "dense" / "generation_config.json").write_text('{"eos_token_id": [1,')
-    assert "generation_config.json cannot be read" in refused(capsys, tmp_path / "dense", "lost_rank=3")
-    (tmp_path / "dense" / "generation_config.json").unlink()
-    (tmp_path / "dense" / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": [1]}')
-    assert "is no index of weights" in refused(capsys, tmp_path / "dense", "lost_rank=3")
-    assert lost_here("export", f"source={tmp_path / 'dense'}", f"to={tmp_path / 'refused'}") == 2
-    assert "its weights cannot be loaded" in capsys.readouterr().err
-
-
-def test_folders_that_are_not_whole(tmp_path, capsys):
-    model = dense(tmp_path / "dense")
-    source = tmp_path / "dense"
-    shards = sorted(source.glob("*.safetensors"))
-    moved = shards[1].rename(tmp_path / "moved")
-    message = refused(capsys, source, "lost_rank=3")
-    assert shards[1].name in message
-    assert "missing shards" in message
-    (source / "model.safetensors.index.json").rename(tmp_path / "index")
-    assert shards[1].name in refused(capsys, source, "lost_rank=3")
-    (tmp_path / "index").rename(source / "model.safetensors.index.json")
-    shards[1].write_bytes(moved.read_bytes()[:-100])
-    assert "damaged or cut off" in refused(capsys, source, "lost_rank=3")
-    moved.rename(shards[1])
-    name, tensor = next((name, value) for name, value in load_file(shards[1]).items() if "proj.weight" in name)
-    whole = load_file(shards[1])
-    for changed, words in (
-        (tensor[:-1], "config.json says"),
-        (torch.full_like(tensor, math.inf), "not finite"),
-        (tensor.to(torch.int8), "quantised"),
-        (None, "lack"),
-    ):
-        edit = {key: value for key, value in whole.items() if key != name}
-        save_file(edit | ({} if changed is None else {name: changed.contiguous()}), shards[1])
-        message = refused(capsys, source, "lost_rank=3")
-        assert words in message, message
-        assert name in message
-    for path in source.glob("*.safetensors*"):
-        path.unlink()
-    torch.save(model.state_dict(), source / "pytorch_model.bin")
-    assert "pickles" in refused(capsys, source, "lost_rank=3")
-    (source / "pytorch_model.bin").unlink()
-    assert "no weights" in refused(capsys, source, "lost_rank=3")
-
-
 @pytest.mark.parametrize("form", ["lost", "dense", "self_contained"])
 def test_the_card_is_true_in_every_form(tmp_path, monkeypatch, form):
     dense(tmp_path / "dense")
@@ -509,31 +357,6 @@ def test_one_file_goes_before_an_index_as_in_transformers(tmp_path):
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(some_ids()).logits
     assert error_of(other(some_ids()).logits, wanted) == 0
     assert error_of(found(some_ids()).logits, wanted) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
-def test_what_is_not_converted_is_finite_too(tmp_path, capsys, name):
-    model = dense(tmp_path / "dense")
-    for value, dtype, words in (
-        (1e5, "fp16", "beyond what float16 holds: use dtype=fp32 or bf16"),
-        (math.nan, "source", "not finite: the checkpoint is damaged"),
-    ):
-        with torch.no_grad():
-            model.get_parameter(name).view(-1)[3] = value
-        model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
-        message = refused(capsys, tmp_path / "dense", "lost_rank=3", f"dtype={dtype}")
-        assert words in message
-        assert name in message
-
-
-def test_a_failure_while_writing_leaves_nothing(tmp_path, capsys, monkeypatch):
-    dense(tmp_path / "dense")
-
-    def full(*_, **__):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("lost.convert.folder.save_file", full)
-    assert "no space left" in refused(capsys, tmp_path / "dense", "lost_rank=3")
 
 
 def test_the_tokenizer_comes_along(tmp_path):
