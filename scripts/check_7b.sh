@@ -2,7 +2,7 @@
 # Initialises LOST's llama_7b (2.9 billion parameters) layer by layer in bfloat16, saves it in files of 1 GB, loads it in
 # another process and computes one forward; prints times and peak memory, which must stay under 16 GiB.
 #     bash scripts/check_7b.sh [draw|gram] [key=value ...]
-# draw (the default) takes minutes, gram the better part of an hour; model=llama_60m is a quick try. 6 GB of disk are needed
+# On two cores draw (the default) takes half an hour, gram one to two; model=llama_60m is a quick try. 6 GB of disk are needed
 # in TMPDIR or /tmp, and freed at the end.
 set -euo pipefail
 
