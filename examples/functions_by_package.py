@@ -10,6 +10,7 @@ import argparse
 import ast
 import json
 import sysconfig
+import textwrap
 from pathlib import Path
 
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
@@ -39,7 +40,8 @@ def main() -> None:
 def functions(source: str) -> list[str]:
     """The source of every function and method with at least MIN_LINES lines, in the order of the file."""
     found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    texts = [ast.get_source_segment(source, node) or "" for node in found]
+    lines = source.split("\n")
+    texts = [textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])) for node in found]
     return [text for text in texts if text.count("\n") + 1 >= MIN_LINES]
 
 
