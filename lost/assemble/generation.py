@@ -117,7 +117,10 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, new_ids: li
         whole.removeprefix(start) if whole.startswith(start) else decoded(tokenizer, ids)
         for whole, ids in zip(wholes, new_ids, strict=True)
     ]
-    return Continuation(prompt.shown, completions, completions if prompt.is_chat else wholes)
+    if prompt.is_chat:
+        # Where a template's prompt ends in "assistant:", the blank behind it comes with the answer.
+        completions = wholes = [text.removeprefix(" ") for text in completions]
+    return Continuation(prompt.shown, completions, wholes)
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -21,13 +21,14 @@ from lost.utils.logging import get_logger
 
 log = get_logger(__name__)
 
-# For tokenizers without a chat template: names of roles as plain text, EOS after every answer.
+# For tokenizers without a chat template: names of roles as plain text, EOS after every answer. The blank before an
+# answer is the answer's: tokenizers make one token of it and the first word.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ 'assistant: ' + message['content'] + eos_token + '\\n' }}"
     "{% else %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 ANSWERING_ROLE = "assistant"
 
@@ -192,7 +193,8 @@ def rendered(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase)
     for number, message in enumerate(messages):
         if message["role"] != ANSWERING_ROLE:
             continue
-        before, after = text_of(number, has_prompt=True), text_of(number + 1, has_prompt=False)
+        before = text_of(number, has_prompt=True) if number else ""
+        after = text_of(number + 1, has_prompt=False)
         if not (after.startswith(before) and whole.startswith(after)):
             raise ValueError(
                 "it writes what came before an answer in another way once the answer is there, so that its place is"

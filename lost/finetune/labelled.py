@@ -1,5 +1,6 @@
 """Labelled texts of files or of GLUE: the sets of a classification task and what its labels are."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,9 @@ def _label_names(train: Examples, num_labels: int) -> list[str]:
     Raises:
         DataError: words and numbers mixed, or a single label.
     """
+    for label, place in zip(train.labels, train.places, strict=True):
+        if not isinstance(label, str) and label < 0:
+            raise DataError(f"{place}: label {label} is outside the range: labels are numbered from 0")
     words = sorted({label for label in train.labels if isinstance(label, str)})
     numbers = [label for label in train.labels if not isinstance(label, str)]
     if words and (numbers or num_labels):
@@ -145,6 +149,11 @@ def _label_names(train: Examples, num_labels: int) -> list[str]:
         raise DataError(
             f"{what}, but there are words among the labels ({', '.join(words[:3])}): number all from 0, or name all by"
             " words and leave data.num_labels out"
+        )
+    if not num_labels and max(numbers, default=0) > len(numbers):
+        raise DataError(
+            f"the largest label is {max(numbers)} and there are {len(numbers)} training examples: number labels from 0"
+            " without gaps, or say how many there are by data.num_labels; does data.label_field name the labels?"
         )
     names = words or [str(number) for number in range(num_labels or int(max(numbers, default=0)) + 1)]
     if len(names) < 2:
@@ -177,8 +186,10 @@ def _read_glue(data: FinetuneDataConfig) -> LabelledSets:
         records, found = _glue_split(data, split)
         sets[split] = _glue_examples(records, task, f"GLUE {data.glue}, {split}")
         names = names or found
-    if not names and data.glue != "stsb":
-        names = [str(number) for number in range(int(max(sets["train"].labels)) + 1)]
+    if data.glue != "stsb" and sets["train"].texts:
+        names = names or _label_names(sets["train"], 0)
+        for examples in sets.values():
+            _number_labels(examples, [str(number) for number in range(len(names))])
     return LabelledSets(sets.pop("train"), sets, {}, names)
 
 
@@ -188,7 +199,10 @@ def _glue_examples(records: Iterable[Any], task: GlueTask, where: str) -> Exampl
         missing = [key for key in (*task.columns, "label") if key not in record]
         if missing:
             raise DataError(f"{where}: record {number} has no {' and no '.join(missing)}; it has {', '.join(record)}")
-        examples.add(f"{where}:{number}", [record[column] for column in task.columns], record["label"])
+        place, label = f"{where}:{number}", record["label"]
+        if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+            raise DataError(f"{place}: label {label!r}: must be a number")
+        examples.add(place, [text_of(record, column, "the task's column", place) for column in task.columns], label)
     return examples
 
 

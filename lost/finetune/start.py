@@ -18,6 +18,7 @@ from transformers import (
 
 from lost.assemble.load import config_of_checkpoint, first_line, load_model, load_tokenizer, some_of
 from lost.assemble.locate import Place, locate
+from lost.assemble.resume import stored_config
 from lost.assemble.source import special_ids
 from lost.checkpoint.manifest import verify
 from lost.checkpoint.shards import read_whole
@@ -53,7 +54,7 @@ class Head:
 def tokenizer_of(config: FinetuneConfig) -> PreTrainedTokenizerBase:
     """The source's tokenizer; of a run that goes on, the one in run_dir."""
     own = Path(config.run_dir) / "tokenizer"
-    if (own.parent / "config.yaml").is_file() and own.is_dir():
+    if stored_config(own.parent) and own.is_dir():
         return load_tokenizer(Place("export", own.parent, own, None, str(own)))
     return load_tokenizer(locate(config.source))
 
@@ -68,8 +69,24 @@ def starting_model(config: FinetuneConfig, head: Head | None, dtype: torch.dtype
         torch.manual_seed(config.seed)
         if head is None:
             refuse_encoder(config.source)
-            return load_model(config.source, "cpu", dtype).model
+            return language_model(config.source, dtype)
         return classifier(locate(config.source), head, dtype)
+
+
+def language_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a source, an adapter of its own added to its layers.
+
+    Raises:
+        LostError: it cannot be read, or its adapter cannot be added.
+    """
+    loaded = load_model(source, "cpu", dtype)
+    if loaded.layers_with_adapter:
+        raise LostError(
+            f"source = {source}: its adapter cannot be added to {len(loaded.layers_with_adapter)} layers such as"
+            f" {loaded.layers_with_adapter[0]}, which are LOST or have an activation between: fine-tune the model that"
+            " the adapter was made for"
+        )
+    return loaded.model
 
 
 def classifier(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
@@ -146,7 +163,8 @@ def backbone_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the top modules of a classifier that are not its pre-trained part, such as score or classifier."""
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    tops = dict(model.named_children())
+    return [name for name in tops if name != model.base_model_prefix and any(True for _ in tops[name].parameters())]
 
 
 def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -67,10 +67,16 @@ def adapter_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
     """The layers that get an adapter, by name.
 
     Raises:
-        ConfigError: a pattern names no linear layer; says the nearest names.
+        ConfigError: a pattern names no linear layer; says the nearest names. Or there is none in the blocks.
     """
     if not patterns:
-        return block_linears(model)
+        found = block_linears(model)
+        if not found:
+            raise ConfigError(
+                f"the blocks of {type(model).__name__} have no linear layer that an adapter goes beside (nn.Linear or"
+                " LOST): use method=full, or name layers by method.target_modules"
+            )
+        return found
     linears = {name: module for name, module in model.named_modules() if is_adaptable(module)}
     problems = [
         f"method.target_modules: {pattern} names no linear layer; nearest: {nearest_names(pattern, linears)}"

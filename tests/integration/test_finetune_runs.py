@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from lost.finetune.adapter_folder import load_adapted
 from lost.testing.examples import finetune_run, tiny_roberta, write_conversations, write_labelled
@@ -79,6 +84,28 @@ def test_an_encoder_becomes_a_classifier(place):
     losses = evaluations(run, "eval/loss")
     assert losses[30] < losses[0]
     assert lost_here(*finetune_run(place / "e2", place / "roberta", place / "train.jsonl", "task=text")) == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_dropout_beside_the_head_is_no_part_of_it(place, method):
+    """BERT's classifier has one; so has every layer that LoRA adds."""
+    if method == "lora":
+        pytest.importorskip("peft")
+    sizes = {"vocab_size": 258, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = BertConfig(num_attention_heads=2, max_position_embeddings=64, **sizes)
+    BertForSequenceClassification(config).save_pretrained(place / "bert")
+    tiny_tokenizer().save_pretrained(place / "bert")
+    run = finetuned(place, f"bert_{method}", "bert", "train.max_steps=2", f"method={method}")
+    assert (run / "final").is_dir()
+
+
+def test_an_adapter_that_stays_beside_its_layers_is_no_start(place, capsys):
+    run = finetuned(place, "beside", "lost_run", "task=text", f"data.train_files=[{place / 'corpus.jsonl'}]",
+                    "method=lost_adapter", "train.max_steps=1")  # fmt: skip
+    capsys.readouterr()
+    more = ["task=text", f"data.train_files=[{place / 'corpus.jsonl'}]"]
+    assert lost_here(*finetune_run(place / "no_start", run, place / "train.jsonl", *more)) == 2
+    assert "its adapter cannot be added to" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_is_kept_and_training_ends_when_nothing_gets_better(place):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lost.assemble.adapter import fingerprint_of, merged
 from lost.config.finetune import FullMethodConfig, LoraMethodConfig, LostAdapterMethodConfig
@@ -158,3 +159,20 @@ def test_a_fingerprint_knows_the_weights_whatever_their_dtype():
     assert fingerprint_of(model) == fingerprint_of(tiny_llama().bfloat16())
     assert fingerprint_of(model) != fingerprint_of(tiny_llama(seed=1))
     assert fingerprint_of(model, ["lm_head"]) != fingerprint_of(model)
+
+
+def test_blocks_without_a_linear_layer_take_no_adapter():
+    """GPT-2's are transformers' Conv1D."""
+    sizes = {
+        "vocab_size": 50,
+        "n_positions": 16,
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    for method in (LostAdapterMethodConfig(), LoraMethodConfig()):
+        with pytest.raises(ConfigError, match=r"the blocks of GPT2LMHeadModel have no linear layer .*use method=full"):
+            apply_method(model, method, [], 0)

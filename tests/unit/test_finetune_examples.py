@@ -2,15 +2,18 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lost.config.compose import compose
 from lost.config.finetune import FinetuneConfig, FinetuneDataConfig
+from lost.data.tokenizer import train_tokenizer
 from lost.finetune.classification import main_metric, prepare_labelled
 from lost.finetune.instruction import (
     Conversation,
@@ -61,6 +64,8 @@ def test_words_are_numbered_in_their_order_and_numbers_are_kept(tmp_path):
     [
         (labelled(0, 1), labelled(1, 2), {}, r"v.jsonl:2: label 2 is outside the range: labels are 0 to 1"),
         (labelled(0, 1, -1), labelled(1), {}, r"t.jsonl:3: label -1 is outside the range"),
+        (labelled(-1, -1), labelled(-1), {}, r"t.jsonl:1: label -1 is outside the range: labels are numbered from 0"),
+        (labelled(0, 10**9), labelled(0), {}, r"largest label is 1000000000 and there are 2 training examples"),
         (labelled(0, 5), labelled(1), {"num_labels": 3}, r"t.jsonl:2: label 5 is outside the range: labels are 0 to 2"),
         (labelled("a", "b"), labelled("c"), {}, r"v.jsonl:1: label c is outside the range: labels are a, b"),
         (labelled("a", 1), labelled("a"), {}, r"some labels are whole numbers, but there are words"),
@@ -160,7 +165,29 @@ def test_only_answers_have_a_loss_with_the_tokenizers_template_and_without_one()
     plain = tiny_tokenizer()
     set_template(plain, "")
     whole = conversation_of({"messages": messages}, "here", data(train_files=["x"]), plain)
-    assert answers_of(whole, plain) == "hello<eos>\nciao<eos>\n"
+    assert answers_of(whole, plain) == " hello<eos>\n ciao<eos>\n"
+
+
+def test_the_first_word_of_an_answer_has_a_loss_with_a_trained_tokenizer(tmp_path):
+    """Byte-level BPE makes one token of a blank and the word behind it, in training as when it answers."""
+    train_tokenizer(["user: is it so\nassistant: yes it is\n"] * 50, 320, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    set_template(tokenizer, "")
+    messages = [{"role": "user", "content": "is it so"}, {"role": "assistant", "content": "yes"}]
+    whole = conversation_of({"messages": messages}, "here", data(train_files=["x"]), tokenizer)
+    assert answers_of(whole, tokenizer) == f" yes{tokenizer.eos_token}\n"
+    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(asked, add_special_tokens=False).input_ids
+    assert list(whole.ids[: len(prompt)]) == prompt
+    assert not whole.is_answer[: len(prompt)].any() and whole.is_answer[len(prompt) :].all()  # noqa: PT018
+
+
+def test_a_conversation_may_start_with_the_assistant():
+    tokenizer = tiny_tokenizer()
+    set_template(tokenizer, "")
+    messages = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}]
+    whole = conversation_of({"messages": messages}, "here", data(train_files=["x"]), tokenizer)
+    assert answers_of(whole, tokenizer) == "assistant: hello<eos>\n"
 
 
 @pytest.mark.parametrize(
@@ -262,6 +289,16 @@ def test_glue_from_a_folder(tmp_path, monkeypatch):
     write_glue(tmp_path, "cola", train={"text": ["a"], "label": [1]})
     with pytest.raises(DataError, match=r"GLUE cola, train: record 1 has no sentence; it has text, label"):
         read_labelled(data(glue="cola", glue_dataset=str(tmp_path)))
+    for label, text, message in (
+        (2, "b", "validation:1: label 2 is outside"),
+        (None, "b", "must be a number"),
+        (1, None, "field 'sentence' is NoneType"),
+    ):
+        shutil.rmtree(tmp_path / "sst2", ignore_errors=True)
+        train = {"sentence": ["a", "b"], "label": [0, 1]}
+        write_glue(tmp_path, "sst2", train=train, validation={"sentence": [text], "label": [label]})
+        with pytest.raises(DataError, match=message):
+            read_labelled(data(glue="sst2", glue_dataset=str(tmp_path)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match=r"HF_HUB_OFFLINE is set: data.glue = rte is read from nobody/glue"):
         read_labelled(data(glue="rte", glue_dataset="nobody/glue"))
