@@ -106,20 +106,36 @@ def add_stored_adapter(model: PreTrainedModel, folder: Path, head: Collection[st
     tensors = read_tensors(folder / WEIGHTS_NAME)
     method = facts.typed_method
     if isinstance(method, LoraMethodConfig):
-        return with_lora(model, folder)
+        return with_lora(model, folder, tensors)
     assert isinstance(method, LostAdapterMethodConfig), method
     add_lost_adapters(model, method, 0, tensors)
     own = {name: value for name, value in tensors.items() if name.partition(".")[0] in head}
     model.load_state_dict(own, strict=False)
+    require_all({name for name in model.state_dict() if name.partition(".")[0] in head}, tensors, folder)
     return model.requires_grad_(False)
 
 
-def with_lora(model: PreTrainedModel, folder: Path) -> nn.Module:
+def with_lora(model: PreTrainedModel, folder: Path, tensors: Collection[str]) -> nn.Module:
     peft = require_peft()
+    if not (folder / "adapter_config.json").is_file():
+        raise LostError(f"{folder} is not complete: it has no adapter_config.json")
     config = peft.LoraConfig.from_pretrained(str(folder))
     register_lost(config)
     with quiet_peft():
-        return peft.PeftModel.from_pretrained(model, str(folder), config=config, autocast_adapter_dtype=False)
+        try:
+            found = peft.PeftModel.from_pretrained(model, str(folder), config=config, autocast_adapter_dtype=False)
+        except KeyError as error:
+            raise LostError(f"{folder} is not complete: {WEIGHTS_NAME} lacks {error}") from error
+    require_all(set(peft.get_peft_model_state_dict(found)), tensors, folder)
+    return found
+
+
+def require_all(names: set[str], tensors: Collection[str], folder: Path) -> None:
+    """Raises where a tensor is missing, whose random start would be taken for what was trained."""
+    lacking = sorted(names - set(tensors))
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise LostError(f"{folder} is not complete: {WEIGHTS_NAME} lacks {lacking[0]}{more}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -64,16 +64,15 @@ class ModelMaker:
         """
         dtype = self._runtime.param_dtype
         if checkpoint and self.is_full:
-            return self._trained(model_as_stored(self._run_dir, checkpoint, dtype, is_classifier=self.head is not None))
+            model = model_as_stored(run_of(checkpoint), checkpoint, dtype, is_classifier=self.head is not None)
+            return self._trained(self._with_config_saved(model))
         model = starting_model(self.config, self.head, dtype)
         check_length(self.config.train.seq_len, model, self._tokenizer, self.config.source)
         check_ids(self._largest_id, model.config.get_text_config().vocab_size, self.config.source)
         if self.head:
             set_padding(model, self._tokenizer)
         if self.is_full:
-            if self._runtime.is_main:
-                save_model_config(model, self._run_dir)
-            return self._trained(model)
+            return self._trained(self._with_config_saved(model))
         fingerprint = self._base_fingerprint(model, checkpoint)
         adapted = self._trained(model, tensors_of(checkpoint) if checkpoint else None)
         if self._runtime.is_main:
@@ -96,15 +95,25 @@ class ModelMaker:
     def _trained(self, model: PreTrainedModel, stored: dict[str, Tensor] | None = None) -> nn.Module:
         return apply_method(model, self.config.method, self._head_names(model), self.config.seed, stored)
 
+    def _with_config_saved(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self._runtime.is_main:
+            save_model_config(model, self._run_dir)
+        return model
+
     def _head_names(self, model: PreTrainedModel) -> list[str]:
         return head_modules(model) if self.head else []
 
     def _base_fingerprint(self, model: PreTrainedModel, checkpoint: Path | None) -> str:
         """Of the weights that the adapter belongs to; others than a checkpoint's are refused."""
-        found, path = fingerprint_of(model, self._head_names(model)), self._run_dir / BASE_NAME
-        if checkpoint and path.is_file() and read_json(path)["fingerprint"] != found:
+        found = fingerprint_of(model, self._head_names(model))
+        if checkpoint and read_json(run_of(checkpoint) / BASE_NAME)["fingerprint"] != found:
             raise CheckpointError(
                 f"{checkpoint} holds an adapter for other weights than those of source = {self.config.source} now:"
                 " bring the old model back, or choose another run_dir"
             )
         return found
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run that saved a checkpoint; with checkpoint.resume=<path> maybe another one than that which goes on."""
+    return checkpoint.resolve().parent.parent

@@ -77,6 +77,12 @@ def test_an_adapter_for_another_model_and_one_that_is_not_whole(place):
     (folder / "lost_adapter.json").write_text(json.dumps(facts))
     with torch.no_grad():
         load_adapted(folder)(torch.tensor([[5, 6]]))
+    weights = load_file(folder / "adapter_model.safetensors")
+    headless = {name: value for name, value in weights.items() if not name.startswith("score")}
+    assert len(headless) < len(weights)
+    save_file(headless, folder / "adapter_model.safetensors")
+    with pytest.raises(LostError, match=r"is not complete: adapter_model.safetensors lacks score.weight"):
+        load_adapted(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(LostError, match=r"adapter_model.safetensors cannot be read: .*; the folder is not complete"):
         load_adapted(folder)

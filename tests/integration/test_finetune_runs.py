@@ -1,12 +1,13 @@
 """`lost finetune` end to end on tiny models: methods, sources, tasks, early end, resume, and what is left behind."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,6 +20,7 @@ from lost.testing.examples import finetune_run, tiny_roberta, write_conversation
 from lost.testing.forked import Forked
 from lost.testing.runs import lost_here, read_metrics, tiny_run, write_corpus
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
+from lost.utils.errors import LostError
 
 METHODS = ["full", "lora", "lost_adapter"]
 
@@ -178,6 +180,34 @@ def test_conversations_and_what_comes_of_them_everywhere_else(place, method, cap
     source = f"source={place / f'merged_{method}'}"
     assert lost_here("generate", source, "prompt=user: cat", "max_new_tokens=4", "do_sample=false") == 0
     assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+@pytest.mark.parametrize("method", ["full", "lost_adapter"])
+def test_another_run_goes_on_from_a_checkpoint_by_its_path(place, method):
+    more = [f"method={method}", "evaluation.keep=last"]
+    first = finetuned(place, f"first_{method}", "dense", *more, "train.max_steps=12")
+    resume = f"checkpoint.resume={first / 'checkpoints' / 'step_00000008'}"
+    second = finetuned(place, f"second_{method}", "dense", *more, "train.max_steps=12", resume)
+    assert read_metrics(second)[-1] == read_metrics(first)[-1]
+    # Its own checkpoints are all that it needs from now on.
+    (second / "status.json").unlink()
+    shutil.rmtree(second / "final")
+    assert finetuned(place, f"second_{method}", "dense", *more, "train.max_steps=12") == second
+    assert (second / "final").is_dir()
+
+
+def test_a_lora_folder_that_is_not_whole(place):
+    pytest.importorskip("peft")
+    run = finetuned(place, "lora_torn", "lost_run", "train.max_steps=1", "method=lora")
+    weights = load_file(run / "final" / "adapter_model.safetensors")
+    for part in ("score", "lora_A"):
+        rest = {name: value for name, value in weights.items() if part not in name}
+        save_file(rest, run / "final" / "adapter_model.safetensors")
+        with pytest.raises(LostError, match=r"is not complete: adapter_model.safetensors lacks"):
+            load_adapted(run / "final")
+    (run / "final" / "adapter_config.json").unlink()
+    with pytest.raises(LostError, match=r"is not complete: it has no adapter_config.json"):
+        load_adapted(run / "final")
 
 
 def test_text(place):
