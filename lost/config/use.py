@@ -198,7 +198,8 @@ class ExportConfig(Section):
         ]
 
     def _size_problems(self) -> list[str]:
-        if _SIZE.fullmatch(self.max_shard_size):
+        # str, because a pattern would not notice the mark of a value of the wrong type.
+        if _SIZE.fullmatch(str(self.max_shard_size)):
             return []
         return [f"max_shard_size = {self.max_shard_size}: must be a whole number and KB, MB or GB, such as 5GB"]
 

@@ -25,7 +25,7 @@ from lost.checkpoint.shards import read_whole
 from lost.config.finetune import FinetuneConfig
 from lost.finetune.tokens import pad_id_of
 from lost.model.build import llama_config
-from lost.utils.errors import ConfigError, LostError
+from lost.utils.errors import CheckpointError, ConfigError, LostError
 from lost.utils.quiet import quiet_libraries
 
 # Of a run that trains every parameter: what a resume builds the model from, so that the source may be gone.
@@ -178,7 +178,16 @@ def save_model_config(model: PreTrainedModel, run_dir: Path) -> None:
 
 
 def model_as_stored(run_dir: Path, checkpoint: Path, dtype: torch.dtype, *, is_classifier: bool) -> PreTrainedModel:
-    """The model of a run that trains every parameter, from the run directory alone."""
+    """The model of a run that trains every parameter, from the run directory alone.
+
+    Raises:
+        CheckpointError: the run directory does not say what model it is.
+    """
+    if not (run_dir / MODEL_CONFIG / "config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint} holds weights alone, and {run_dir} has no {MODEL_CONFIG}/config.json to say of what model:"
+            " resume from a checkpoint inside the directory of its run"
+        )
     config = AutoConfig.from_pretrained(run_dir / MODEL_CONFIG, local_files_only=True)
     auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     tensors = tensors_of(checkpoint)

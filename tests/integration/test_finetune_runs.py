@@ -189,6 +189,10 @@ def test_another_run_goes_on_from_a_checkpoint_by_its_path(place, method):
     resume = f"checkpoint.resume={first / 'checkpoints' / 'step_00000008'}"
     second = finetuned(place, f"second_{method}", "dense", *more, "train.max_steps=12", resume)
     assert read_metrics(second)[-1] == read_metrics(first)[-1]
+    moved = place / f"moved_{method}" / "checkpoints" / "step_00000008"
+    shutil.copytree(first / "checkpoints" / "step_00000008", moved)
+    alone = finetune_run(place / f"third_{method}", place / "dense", place / "train.jsonl", *more, "train.max_steps=12")
+    assert lost_here(*alone, f"checkpoint.resume={moved}") == 2
     # Its own checkpoints are all that it needs from now on.
     (second / "status.json").unlink()
     shutil.rmtree(second / "final")
