@@ -182,6 +182,7 @@ def _loss_bytes(model: ModelConfig, parameterization: ParameterizationConfig, to
     # In a lower precision the chunk's gradient of the weight is a tensor of its own before it is added.
     product = num_weights * width.compute if width.compute < FLOAT32_BYTES else 0
     d_weight, d_hidden = num_weights * FLOAT32_BYTES, tokens * model.hidden_size * width.compute
+    # That of the only chunk is the gradient itself: nothing of it is there yet while the softmax is.
     is_first_alone = product > 0 and tokens <= LOSS_CHUNK_TOKENS
     softmax_or_product = max(softmax if is_first_alone else softmax + d_weight, product + d_weight)
     return logits + softmax_or_product + d_hidden + _cast_bytes(linear_costs(model, parameterization), precision)

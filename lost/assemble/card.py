@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lost.assemble.facts import card_facts
-from lost.assemble.load import Loaded, config_of_checkpoint, is_of_finetune, stored_config
+from lost.assemble.load import Loaded, config_of_checkpoint, is_of_finetune, settings_in
 from lost.checkpoint import CheckpointManager
 from lost.checkpoint.io import read_json
 from lost.config.section import to_dict
@@ -53,7 +53,7 @@ def checkpoint_of(loaded: Loaded) -> Path | None:
         newest = CheckpointManager(place.run_dir / "checkpoints").latest()
     except CheckpointError:
         return None
-    return None if newest is None or is_of_finetune(stored_config(newest)) else newest
+    return None if newest is None or is_of_finetune(settings_in(newest)) else newest
 
 
 def bare_card(loaded: Loaded) -> str:

@@ -26,7 +26,7 @@ from lost.config.schema import PretrainConfig
 from lost.config.section import build
 from lost.model import LostLlamaConfig, LostLlamaForCausalLM
 from lost.model.build import llama_config
-from lost.utils.errors import CheckpointError, LostError, first_line
+from lost.utils.errors import CheckpointError, ConfigError, LostError, first_line
 from lost.utils.logging import get_logger
 from lost.utils.quiet import quiet_libraries
 
@@ -63,6 +63,22 @@ class Loaded:
     origin: str
     place: Place
     layers_with_adapter: tuple[str, ...] = ()
+
+
+def refuse_adapter_beside(loaded: Loaded, fix: str) -> None:
+    """Raises where no plain model is what `source` is.
+
+    Args:
+        fix: what to do instead.
+    Raises:
+        ConfigError: an adapter that cannot be added to its layers.
+    """
+    left = loaded.layers_with_adapter
+    if left:
+        raise ConfigError(
+            f"source = {loaded.origin}: its adapter cannot be added to {len(left)} layers such as {left[0]}, which are"
+            f" LOST or have an activation between; {fix}"
+        )
 
 
 def load_model(source: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
@@ -113,20 +129,27 @@ def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
 
 def load_checkpoint(place: Place, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a checkpoint of ours, verified by its manifest; only the weights are read."""
-    manifest = verify(place.folder, "model")
-    tensors = read_whole(place.folder, "model", manifest.aliases.get("model", {}))
+    tensors = tensors_of(place.folder)
     run_config = config_of_checkpoint(place.folder)
-    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = llama_config(run_config.model, run_config.parameterization, ids)
+    config = llama_config(run_config.model, run_config.parameterization, special_ids(tokenizer))
     kind = LostLlamaForCausalLM if isinstance(config, LostLlamaConfig) else LlamaForCausalLM
     # Not just any tensor: a learnable gamma is float32 among bfloat16 weights.
     stored = tensors["model.embed_tokens.weight"].dtype
     return from_pretrained(kind, place, None, config=config, state_dict=tensors, dtype=dtype or stored)
 
 
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors in a checkpoint, verified; of a method that trains an adapter the trained ones."""
+    return read_whole(checkpoint, "model", verify(checkpoint, "model").aliases.get("model", {}))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
 def config_of_checkpoint(folder: Path) -> PretrainConfig:
     """The config of the run of `lost pretrain`, as the checkpoint keeps it."""
-    config = stored_config(folder)
+    config = settings_in(folder)
     if is_of_finetune(config):
         raise CheckpointError(
             f"{folder} is a checkpoint of `lost finetune`, which only that run goes on from: let it finish (the same"
@@ -135,8 +158,8 @@ def config_of_checkpoint(folder: Path) -> PretrainConfig:
     return build(PretrainConfig, config)
 
 
-def stored_config(folder: Path) -> dict[str, Any]:
-    """The config of whichever run wrote the checkpoint."""
+def settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of whichever run wrote the checkpoint."""
     facts = read_json(folder / "state.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise CheckpointError(f"{folder}/state.json holds no run config: it is not a checkpoint of a run")
@@ -149,13 +172,7 @@ def is_of_finetune(config: dict[str, Any]) -> bool:
 
 def load_export(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a Hugging Face folder."""
-    try:
-        config = AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise LostError(
-            f"source = {place.name}: its config.json names no model that transformers or lost knows"
-            f" ({what_went_wrong(error)})"
-        ) from error
+    config = read_config(place)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise LostError(
             f"source = {place.name} is a {config.model_type} model, which is not a causal language model: give one"
@@ -164,17 +181,28 @@ def load_export(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:
     return from_pretrained(AutoModelForCausalLM, place, place.folder, config=config, dtype=dtype or "auto")
 
 
+def read_config(place: Place, **keys: Any) -> Any:
+    """The config of a Hugging Face folder, with `keys` in the place of its own.
+
+    Raises:
+        LostError: it cannot be read, or says of no model.
+    """
+    try:
+        return AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False, **keys)
+    except UNREADABLE as error:
+        raise LostError(
+            f"source = {place.name}: its config.json names no model that transformers or lost knows"
+            f" ({what_went_wrong(error)})"
+        ) from error
+
+
 def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any) -> PreTrainedModel:
     """transformers' from_pretrained, with every tensor of the model accounted for.
 
     Raises:
         LostError: files that cannot be read, or tensors that are missing or of another shape.
     """
-    try:
-        with quiet_libraries():
-            model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except UNREADABLE as error:
-        raise LostError(f"source = {place.name}: its weights cannot be loaded: {what_went_wrong(error)}") from error
+    model, info = model_and_info(kind, place, folder, **options)
     if info["missing_keys"]:
         raise LostError(
             f"source = {place.name}: its weights lack {some_of(info['missing_keys'])}: the folder is not complete, or"
@@ -183,6 +211,19 @@ def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any
     if info["unexpected_keys"]:
         log.warning("%s holds weights that its model does not use: %s", place.name, some_of(info["unexpected_keys"]))
     return model
+
+
+def model_and_info(kind: Any, place: Place, folder: Path | None, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """transformers' from_pretrained, and what it says of tensors that are missing or of another shape.
+
+    Raises:
+        LostError: files that cannot be read.
+    """
+    try:
+        with quiet_libraries():
+            return kind.from_pretrained(folder, output_loading_info=True, **options)
+    except UNREADABLE as error:
+        raise LostError(f"source = {place.name}: its weights cannot be loaded: {what_went_wrong(error)}") from error
 
 
 def what_went_wrong(error: Exception) -> str:

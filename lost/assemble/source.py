@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lost.assemble.load import load_model
+from lost.assemble.load import load_model, special_ids
 from lost.config.model import DenseConfig, ModelConfig, ParameterizationConfig
 from lost.config.schema import PretrainConfig
 from lost.config.section import build
@@ -40,10 +40,6 @@ class Start:
         config = self.config
         ids = special_ids(tokenizer)
         return build_meta_model(config.model, config.parameterization, dtype=dtype, tokenizer_ids=ids)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def start_of(config: PretrainConfig) -> Start:

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lost.assemble.card import card_of
-from lost.assemble.load import Loaded, load_model
+from lost.assemble.load import Loaded, load_model, refuse_adapter_beside
 from lost.config.use import ExportConfig
 from lost.export import Form, code_of, dense_model, lost_layers, save_folder
 from lost.export.card import CONVERSION_PICTURE, CONVERSION_REPORT
@@ -28,7 +28,7 @@ def run(config: ExportConfig) -> int:
     # bf16 factors would be rounded before their product, which is rounded again.
     keeps_stored = config.form == "dense" and dtype == torch.bfloat16
     loaded = load_model(config.source, "cpu", None if keeps_stored else dtype)
-    refuse_adapter_beside(loaded)
+    refuse_adapter_beside(loaded, "use the adapter folder as it is, together with its model")
     form = form_of(loaded, config)
     card = card_of(loaded, config, form)
     more_files = conversion_files(loaded.place.folder)
@@ -52,20 +52,6 @@ def refuse_used_folder(target: Path) -> None:
         raise ConfigError(f"to = {target} is a file: give a folder that does not exist yet, or an empty one")
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"to = {target} is not empty: give a folder that does not exist yet, or an empty one")
-
-
-def refuse_adapter_beside(loaded: Loaded) -> None:
-    """Raises where no plain model is what `source` is.
-
-    Raises:
-        ConfigError: an adapter that cannot be added to its layers.
-    """
-    if loaded.layers_with_adapter:
-        raise ConfigError(
-            f"source = {loaded.origin}: its adapter cannot be added to {len(loaded.layers_with_adapter)} layers such as"
-            f" {loaded.layers_with_adapter[0]}, which are LOST or have an activation between; use the adapter folder as"
-            " it is, together with its model"
-        )
 
 
 def form_of(loaded: Loaded, config: ExportConfig) -> Form:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lost.assemble.adapter import AdapterFacts, fingerprint_of
+from lost.assemble.load import tensors_of
 from lost.checkpoint.io import read_json, write_json_atomically
 from lost.config.finetune import FinetuneConfig, FullMethodConfig
 from lost.config.section import to_dict
@@ -17,7 +18,6 @@ from lost.finetune.start import (
     save_model_config,
     set_padding,
     starting_model,
-    tensors_of,
 )
 from lost.finetune.tokens import check_ids, check_length
 from lost.train.runtime import Runtime

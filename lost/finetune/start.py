@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,12 +15,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lost.assemble.load import config_of_checkpoint, first_line, load_model, load_tokenizer, some_of
+from lost.assemble.load import (
+    config_of_checkpoint,
+    load_model,
+    load_tokenizer,
+    model_and_info,
+    read_config,
+    refuse_adapter_beside,
+    some_of,
+    special_ids,
+    tensors_of,
+)
 from lost.assemble.locate import Place, locate
 from lost.assemble.resume import stored_config
-from lost.assemble.source import special_ids
-from lost.checkpoint.manifest import verify
-from lost.checkpoint.shards import read_whole
 from lost.config.finetune import FinetuneConfig
 from lost.finetune.tokens import pad_id_of
 from lost.model.build import llama_config
@@ -69,24 +75,10 @@ def starting_model(config: FinetuneConfig, head: Head | None, dtype: torch.dtype
         torch.manual_seed(config.seed)
         if head is None:
             refuse_encoder(config.source)
-            return language_model(config.source, dtype)
+            loaded = load_model(config.source, "cpu", dtype)
+            refuse_adapter_beside(loaded, "fine-tune the model that the adapter was made for")
+            return loaded.model
         return classifier(locate(config.source), head, dtype)
-
-
-def language_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a source, an adapter of its own added to its layers.
-
-    Raises:
-        LostError: it cannot be read, or its adapter cannot be added.
-    """
-    loaded = load_model(source, "cpu", dtype)
-    if loaded.layers_with_adapter:
-        raise LostError(
-            f"source = {source}: its adapter cannot be added to {len(loaded.layers_with_adapter)} layers such as"
-            f" {loaded.layers_with_adapter[0]}, which are LOST or have an activation between: fine-tune the model that"
-            " the adapter was made for"
-        )
-    return loaded.model
 
 
 def classifier(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
@@ -107,20 +99,9 @@ def on_own_checkpoint(place: Place, head: Head, dtype: torch.dtype) -> PreTraine
 
 def on_export(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
     """On a Hugging Face folder: a language model, an encoder, or a classifier already."""
-    try:
-        config = AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False, **head.keys())
-    except (OSError, ValueError) as error:
-        raise LostError(
-            f"source = {place.name}: its config.json names no model that transformers or lost knows"
-            f" ({first_line(error)})"
-        ) from error
+    config = read_config(place, **head.keys())
     options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
     return loaded_classifier(class_for(config, place), place, place.folder, **options)
-
-
-def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors in a checkpoint, verified; of an adapter method the trained ones."""
-    return read_whole(checkpoint, "model", verify(checkpoint, "model").aliases.get("model", {}))
 
 
 def class_for(config: Any, place: Place) -> Any:
@@ -143,11 +124,7 @@ def loaded_classifier(kind: Any, place: Place, folder: Path | None, **options: A
     Raises:
         LostError: files that cannot be read, or a backbone that is not whole.
     """
-    try:
-        with quiet_libraries():
-            model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LostError(f"source = {place.name}: its weights cannot be loaded: {first_line(error)}") from error
+    model, info = model_and_info(kind, place, folder, **options)
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     wrong = backbone_names(model, {*info["missing_keys"], *mismatched})
     if wrong:
@@ -204,7 +181,7 @@ def refuse_encoder(source: str) -> None:
     place = locate(source)
     if place.kind != "export":
         return
-    config: Any = AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False)
+    config = read_config(place)
     if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
         raise ConfigError(
             f"source = {source} is a {config.model_type} model, an encoder, which writes no text: use it with"
