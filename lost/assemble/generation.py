@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lost.assemble.prompts import Prompt, plain_or_chat
+from lost.assemble.prompts import Prompt
 from lost.config.use import GenerateConfig
 from lost.utils.errors import ConfigError
 
@@ -29,25 +29,6 @@ class Continuation:
     texts: list[str]
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: GenerateConfig,
-    streamer: BaseStreamer | None = None,
-) -> str:
-    """`config.prompt` and its continuation.
-
-    Args:
-        streamer: gets the tokens of the prompt, then every new one.
-    Raises:
-        ConfigError: a prompt without a token, with tokens outside the vocabulary, or too long for max_new_tokens.
-    """
-    (found,) = generate_all(
-        model, tokenizer, [plain_or_chat(config.prompt, config, tokenizer)], config, lambda _: streamer
-    )
-    return found.texts[0]
-
-
 def generate_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,7 +42,8 @@ def generate_all(
         streamer_of: what gets the tokens of the prompt of this number as they come; asked only where one sequence is
             generated at a time.
     Raises:
-        ConfigError: as `generate`, for any of the prompts, before the first is continued.
+        ConfigError: a prompt with tokens outside the vocabulary, or too long for max_new_tokens, before the first one
+            is continued.
     """
     for prompt in prompts:
         check_prompt(prompt.ids, model, config)

@@ -6,7 +6,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from lost.assemble.generation import generate, generate_all
+from lost.assemble.generation import generate_all
 from lost.assemble.prompts import chat_prompt, prompt_ids, prompts_of
 from lost.config.model import LostConfig, ModelConfig
 from lost.config.runtime import DeviceConfig
@@ -18,6 +18,12 @@ from lost.utils.errors import ConfigError, LostError
 
 def settings(**changes):
     return GenerateConfig(source="unused", runtime=DeviceConfig(), **changes)
+
+
+def generate(model, tokenizer, config, streamer=None):
+    """The prompt and its continuation."""
+    (found,) = generate_all(model, tokenizer, prompts_of(config, tokenizer), config, lambda _: streamer)
+    return found.texts[0]
 
 
 def random_lost_model():
