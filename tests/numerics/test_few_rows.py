@@ -30,11 +30,12 @@ def in_float64(values):
 @pytest.mark.parametrize("activation", ["silu", "identity", "gelu", "relu"])
 @pytest.mark.parametrize(("gamma", "has_bias", "num_kept"), [(0.7, False, 5), (None, True, 5), ("tensor", False, 0)])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_few_rows_are_the_definition(activation, gamma, has_bias, num_kept, dtype, limit):
-    values = arguments(dtype, activation, gamma, has_bias, num_kept)
+@pytest.mark.parametrize("shape", [(3, 4, 33), (1, 1, 33), (33,)])
+def test_few_rows_are_the_definition(activation, gamma, has_bias, num_kept, dtype, limit, shape):
+    values = arguments(dtype, activation, gamma, has_bias, num_kept, shape=shape)
     expected = reference_lost_linear(*in_float64(values))
     found = few_rows_linear(*values)
-    assert found.dtype == dtype
+    assert (found.dtype, found.shape) == (dtype, (*shape[:-1], 21))
     assert relative_error(found, expected) < limit
     # Negative control: a kept channel too far.
     if num_kept:
@@ -58,3 +59,5 @@ def test_it_is_taken_for_few_rows_without_gradients_only(monkeypatch):
         lost_linear(*rows, selection_axis="rows")
         assert taken == [1]
         assert has_few_rows(torch.zeros(0, 33))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not has_few_rows(torch.zeros(1, 33))
