@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lost.assemble.prompts import Prompt
 from lost.config.use import GenerateConfig
+from lost.model.cache import roomy_cache
 from lost.utils.errors import ConfigError
 
 
@@ -70,11 +71,13 @@ def continue_batch(
     settings = generation_settings(model, tokenizer, config)
     pad_id = 0 if settings.pad_token_id is None else settings.pad_token_id
     input_ids, attention_mask = padded_left([prompt.ids for prompt in prompts], pad_id)
+    cache = roomy_cache(model) if config.use_cache else None
     with torch.no_grad():
         output: Tensor = model.generate(  # pyright: ignore[reportCallIssue, reportAssignmentType]
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=settings,
+            past_key_values=cache,
             streamer=streamer,
             # stop_strings need it, the model's own too.
             tokenizer=tokenizer,

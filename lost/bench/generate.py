@@ -1,16 +1,17 @@
-"""Decoding: one token after the other with a KV cache, dense against LOST, as greedy generation does it."""
+"""Decoding: one token after the other with a KV cache, dense against LOST, as `lost generate` does it."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lost.bench.result import Arm, BenchResult
 from lost.bench.timing import time_interleaved
 from lost.config.model import DenseConfig, ParameterizationConfig
 from lost.config.schema import BenchConfig
 from lost.model import empty_model
+from lost.model.cache import roomy_cache
 from lost.train.runtime import pick_device, pick_precision, set_up_process
 from lost.utils.errors import ConfigError
 
@@ -69,7 +70,8 @@ def random_model(
 
 def decode(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Callable[[], None]:
     """A function that goes on from the same filled cache each time, always with the likeliest token."""
-    cache = DynamicCache(config=model.config)
+    cache = roomy_cache(model)
+    assert cache is not None
     first = likeliest(model(ids, past_key_values=cache, use_cache=True).logits)
     prompt_length = ids.shape[1]
 
