@@ -67,7 +67,8 @@ def adapter_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
     """The layers that get an adapter, by name.
 
     Raises:
-        ConfigError: a pattern names no linear layer; says the nearest names. Or there is none in the blocks.
+        ConfigError: a pattern names no linear layer (says the nearest names), or one whose weight is another module's
+            too. Or there is none in the blocks.
     """
     if not patterns:
         found = block_linears(model)
@@ -83,9 +84,28 @@ def adapter_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
         for pattern in patterns
         if not any(matches_any(name, [pattern]) for name in linears)
     ]
+    chosen = {name: module for name, module in linears.items() if matches_any(name, patterns)}
+    problems += [
+        f"method.target_modules: the weight of {name} is that of {other} too, which an adapter would change with it:"
+        f" leave {name} out, or untie them (tie_word_embeddings=false)"
+        for name, other in owners_of_shared_weights(model, chosen).items()
+    ]
     if problems:
         raise ConfigError(problems)
-    return {name: module for name, module in linears.items() if matches_any(name, patterns)}
+    return chosen
+
+
+def owners_of_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """For each of the layers that has a parameter in common with another module: that module's name."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    shared = {}
+    for name, layer in layers.items():
+        others = {other for parameter in layer.parameters() for other in owners[id(parameter)]} - {name}
+        if others:
+            shared[name] = min(others)
+    return shared
 
 
 @torch.no_grad()

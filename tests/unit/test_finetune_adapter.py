@@ -154,6 +154,16 @@ def test_mistakes():
     }
 
 
+@pytest.mark.parametrize("method", [LostAdapterMethodConfig, LoraMethodConfig])
+def test_a_tied_head_takes_no_adapter(method):
+    tied = tiny_llama(tie_word_embeddings=True)
+    config = method(rank=2, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match=r"weight of lm_head is that of model\.embed_tokens too"):
+        apply_method(tied, config, [], 0)
+    assert not any(isinstance(module, LostAdapter) for module in tied.modules())
+    apply_method(tiny_llama(tie_word_embeddings=False), config, [], 0)
+
+
 def test_a_fingerprint_knows_the_weights_whatever_their_dtype():
     model = tiny_llama()
     assert fingerprint_of(model) == fingerprint_of(tiny_llama().bfloat16())
