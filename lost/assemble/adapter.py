@@ -75,16 +75,21 @@ def fingerprint_of(model: PreTrainedModel, without: Collection[str] = ()) -> str
     """Hash of names, shapes and some values of the weights, the same in every dtype that the model is loaded in.
 
     Args:
-        without: top modules that are left out: the new head of a classifier.
+        without: modules that are left out: the head of a classifier.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if name.partition(".")[0] in without:
+        if is_inside(name, without):
             continue
         flat = tensor.detach().flatten()
         samples = flat[:: max(1, len(flat) // NUM_SAMPLES)][:NUM_SAMPLES].to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {list(tensor.shape)}".encode() + samples.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a tensor is that of one of the modules or of what is in them, by its name."""
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def add_stored_adapter(model: PreTrainedModel, folder: Path, head: Collection[str] = ()) -> nn.Module:
@@ -109,9 +114,9 @@ def add_stored_adapter(model: PreTrainedModel, folder: Path, head: Collection[st
         return with_lora(model, folder, tensors)
     assert isinstance(method, LostAdapterMethodConfig), method
     add_lost_adapters(model, method, 0, tensors)
-    own = {name: value for name, value in tensors.items() if name.partition(".")[0] in head}
+    own = {name: value for name, value in tensors.items() if is_inside(name, head)}
     model.load_state_dict(own, strict=False)
-    require_all({name for name in model.state_dict() if name.partition(".")[0] in head}, tensors, folder)
+    require_all({name for name in model.state_dict() if is_inside(name, head)}, tensors, folder)
     return model.requires_grad_(False)
 
 

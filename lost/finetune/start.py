@@ -139,9 +139,10 @@ def backbone_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the top modules of a classifier that are not its pre-trained part, such as score or classifier."""
-    tops = dict(model.named_children())
-    return [name for name in tops if name != model.base_model_prefix and any(True for _ in tops[name].parameters())]
+    """Names of the modules of a classifier that are not its pre-trained part: score, classifier, bert.pooler."""
+    tops = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    inner = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in NEW_LAYERS]
+    return [name for name in dict.fromkeys(tops + inner) if any(True for _ in model.get_submodule(name).parameters())]
 
 
 def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,10 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AlbertForMaskedLM,
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    DebertaV2ForMaskedLM,
+    DistilBertForMaskedLM,
 )
 
 from lost.finetune.adapter_folder import load_adapted
@@ -99,6 +104,34 @@ def test_a_dropout_beside_the_head_is_no_part_of_it(place, method):
     tiny_tokenizer().save_pretrained(place / "bert")
     run = finetuned(place, f"bert_{method}", "bert", "train.max_steps=2", f"method={method}")
     assert (run / "final").is_dir()
+
+
+ENCODERS = {
+    "bert": BertForMaskedLM,
+    "albert": AlbertForMaskedLM,
+    "distilbert": DistilBertForMaskedLM,
+    "deberta-v2": DebertaV2ForMaskedLM,
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "lost_adapter"])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_what_a_masked_language_model_lacks_is_saved_with_the_adapter(place, family, method):
+    """A pooler between blocks and classifier is new there, as the classifier is."""
+    if method == "lora":
+        pytest.importorskip("peft")
+    sizes = {"vocab_size": 258, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(family, num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, **sizes)
+    if family == "distilbert":
+        config.update({"dim": 24, "hidden_dim": 32, "n_layers": 2, "n_heads": 2})
+    torch.manual_seed(0)
+    ENCODERS[family](config).save_pretrained(place / f"masked_{family}")
+    tiny_tokenizer().save_pretrained(place / f"masked_{family}")
+    run = finetuned(place, f"masked_{family}_{method}", f"masked_{family}", "train.max_steps=6", "seed=5",
+                    f"method={method}", f"data.test_files=[{place / 'test.jsonl'}]")  # fmt: skip
+    check_predictions(load_adapted(run / "final"), run, place / "test.jsonl")
+    names = load_file(run / "final" / "adapter_model.safetensors")
+    assert any("pooler" in name for name in names) == (family != "distilbert")
 
 
 def test_an_adapter_that_stays_beside_its_layers_is_no_start(place, capsys):
