@@ -61,7 +61,7 @@ def prepare_labelled(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase)
         DataError: as `read_labelled`.
     """
     data, seq_len = config.data, config.train.seq_len
-    key = key_of(examples=identity_of(data), tokenizer=fingerprint_of(tokenizer), rows=["labelled", 1, seq_len])
+    key = key_of(examples=identity_of(data), tokenizer=fingerprint_of(tokenizer), rows=["labelled", 2, seq_len])
     folder = cache_folder(data.cache_dir) / "examples" / key
     made_once(folder, is_whole, lambda target: write_rows(target, read_labelled(data), tokenizer, seq_len))
     facts = read_facts(folder)

@@ -71,7 +71,8 @@ def check_ids(largest: int, vocab_size: int, source: str) -> None:
 class PairEncoder:
     """Texts, or pairs of texts, to ids with what the tokenizer puts around them, cut to seq_len.
 
-    Where a tokenizer has nothing of its own between two texts, as those of language models, EOS stands there.
+    Where a tokenizer has nothing of its own between two texts, as those of language models, EOS stands there; around
+    both what stands around a single text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int):
@@ -90,10 +91,18 @@ class PairEncoder:
 
     def _joined(self, texts: list[str], pairs: list[str]) -> list[list[int]]:
         separator = [self._tokenizer.eos_token_id] if isinstance(self._tokenizer.eos_token_id, int) else []
-        room = self._seq_len - len(separator)
+        before, after = around_single_text(self._tokenizer)
+        room = self._seq_len - len(before) - len(separator) - len(after)
         first, second = (self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (texts, pairs))
         cuts = (shortened(a, b, room) for a, b in zip(first, second, strict=True))
-        return [a + separator + b for a, b in cuts]
+        return [before + a + separator + b + after for a, b in cuts]
+
+
+def around_single_text(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after a text, such as BOS and EOS."""
+    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
 
 
 def shortened(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:

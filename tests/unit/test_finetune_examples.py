@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lost.config.compose import compose
@@ -134,6 +135,27 @@ def test_two_texts_of_a_language_model_have_eos_between_and_the_longer_is_cut():
     assert ids[0] == [*tokenizer("abc").input_ids, tokenizer.eos_token_id, *tokenizer("de").input_ids]
     assert ids[1] == [*tokenizer("a" * 6).input_ids, tokenizer.eos_token_id, *tokenizer("bcd").input_ids]
     assert [len(part) for part in shortened([0] * 30, [1] * 30, 9)] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("single", "pair", "before", "after"),
+    [
+        ("<pad> $A", "$A $B", ["<pad>"], []),
+        ("<pad> $A <eos>", "<pad> $A $B <eos>", ["<pad>"], ["<eos>"]),
+        ("$A <eos>", "$A $B", [], ["<eos>"]),
+    ],
+)
+def test_two_texts_have_around_them_what_a_single_text_has(single, pair, before, after):
+    tokenizer = tiny_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<eos>")]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    ((ids, cut), _) = PairEncoder(tokenizer, 12).encode(["abc", "a" * 30], ["de", "bcd"])
+    around = [tokenizer.convert_tokens_to_ids(tokens) for tokens in (before, after)]
+    plain = tiny_tokenizer()
+    joined = [*plain("abc").input_ids, tokenizer.eos_token_id, *plain("de").input_ids]
+    assert ids == [*around[0], *joined, *around[1]]
+    assert len(cut) == 12
+    assert cut[len(cut) - len(after) :] == around[1]
 
 
 def test_a_tokenizer_of_another_vocabulary_and_a_model_that_is_too_short():
