@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lost.finetune.adapter_folder import load_adapted
 from lost.testing.examples import finetune_run, write_labelled
@@ -63,6 +64,29 @@ def test_mistakes(place, capsys, source, overrides, message):
     assert "Traceback" not in said
     left = sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else []
     assert left in ([], [".lock"])
+
+
+def test_glue_from_a_hub_that_is_not_reached(place, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = [word for word in finetune_run(place / "glue", place / "dense", place) if "train_files" not in word]
+    assert lost_here(*run, "data.glue=sst2", "data.glue_dataset=nobody/glue") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "data.glue = sst2 is read from nobody/glue" in said
+    assert "give a folder: data.glue_dataset=" in said
+    assert "Traceback" not in said
+    assert not (place / "glue" / "final").exists()
+
+
+def test_a_tokenizer_that_a_start_without_results_left_is_not_taken(place):
+    """The next start may have another source."""
+    run_dir = place / "leftover"
+    other = tiny_tokenizer()
+    other.add_tokens(["good"])
+    other.save_pretrained(run_dir / "tokenizer")
+    arguments = finetune_run(run_dir, place / "dense", place / "train.jsonl", "train.max_steps=2")
+    assert lost_here(*arguments) == 0
+    for folder in ("tokenizer", "final"):
+        assert "good" not in AutoTokenizer.from_pretrained(run_dir / folder).get_vocab()
 
 
 def test_an_adapter_for_another_model_and_one_that_is_not_whole(place):

@@ -285,7 +285,7 @@ def test_padded_rows_hold_one_conversation():
 
 
 def write_glue(folder, task, **splits):
-    (folder / task).mkdir(parents=True)
+    (folder / task).mkdir(parents=True, exist_ok=True)
     for split, columns in splits.items():
         pq.write_table(pa.table(columns), folder / task / f"{split}-00000-of-00001.parquet")
 
@@ -321,6 +321,13 @@ def test_glue_from_a_folder(tmp_path, monkeypatch):
         write_glue(tmp_path, "sst2", train=train, validation={"sentence": [text], "label": [label]})
         with pytest.raises(DataError, match=message):
             read_labelled(data(glue="sst2", glue_dataset=str(tmp_path)))
+    for split in ("train", "validation"):
+        for label in (float("nan"), float("inf")):
+            write_glue(
+                tmp_path, "stsb", **{"train": scores, "validation": scores, split: scores | {"label": [0.5, label]}}
+            )
+            with pytest.raises(DataError, match=rf"stsb, {split}:2: label {label}: must be a number"):
+                read_labelled(data(glue="stsb", glue_dataset=str(tmp_path)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match=r"HF_HUB_OFFLINE is set: data.glue = rte is read from nobody/glue"):
         read_labelled(data(glue="rte", glue_dataset="nobody/glue"))
