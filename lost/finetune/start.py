@@ -38,6 +38,7 @@ from lost.utils.quiet import quiet_libraries
 MODEL_CONFIG = "model_config"
 # Layers of an encoder between its blocks and the classifier, which pre-trained checkpoints often lack.
 NEW_LAYERS = ("pooler",)
+MODEL_OF_ADAPTER = "fine-tune the model that the adapter was made for"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def starting_model(config: FinetuneConfig, head: Head | None, dtype: torch.dtype
         if head is None:
             refuse_encoder(config.source)
             loaded = load_model(config.source, "cpu", dtype)
-            refuse_adapter_beside(loaded, "fine-tune the model that the adapter was made for")
+            refuse_adapter_beside(loaded, MODEL_OF_ADAPTER)
             return loaded.model
         return classifier(locate(config.source), head, dtype)
 
@@ -85,6 +86,8 @@ def classifier(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
     """A sequence classifier on the weights of `place`."""
     if place.kind == "checkpoint":
         return on_own_checkpoint(place, head, dtype)
+    if place.kind == "adapter":
+        return on_language_adapter(place, head, dtype)
     return on_export(place, head, dtype)
 
 
@@ -93,6 +96,15 @@ def on_own_checkpoint(place: Place, head: Head, dtype: torch.dtype) -> PreTraine
     tensors = tensors_of(place.folder)
     run = config_of_checkpoint(place.folder)
     config = llama_config(run.model, run.parameterization, special_ids(load_tokenizer(place)))
+    config.update(head.keys())
+    return loaded_classifier(class_for(config, place), place, None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def on_language_adapter(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
+    """On a language model that its adapter is added to."""
+    loaded = load_model(str(place.folder), "cpu", dtype)
+    refuse_adapter_beside(loaded, MODEL_OF_ADAPTER)
+    config, tensors = loaded.model.config, loaded.model.state_dict()
     config.update(head.keys())
     return loaded_classifier(class_for(config, place), place, None, config=config, state_dict=tensors, dtype=dtype)
 

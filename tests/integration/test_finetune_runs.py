@@ -138,9 +138,27 @@ def test_an_adapter_that_stays_beside_its_layers_is_no_start(place, capsys):
     run = finetuned(place, "beside", "lost_run", "task=text", f"data.train_files=[{place / 'corpus.jsonl'}]",
                     "method=lost_adapter", "train.max_steps=1")  # fmt: skip
     capsys.readouterr()
-    more = ["task=text", f"data.train_files=[{place / 'corpus.jsonl'}]"]
-    assert lost_here(*finetune_run(place / "no_start", run, place / "train.jsonl", *more)) == 2
-    assert "its adapter cannot be added to" in capsys.readouterr().err
+    for more in (["task=text", f"data.train_files=[{place / 'corpus.jsonl'}]"], ["task=classification"]):
+        assert lost_here(*finetune_run(place / "no_start", run, place / "train.jsonl", *more)) == 2
+        assert "its adapter cannot be added to" in capsys.readouterr().err
+
+
+def test_a_classifier_starts_from_a_language_model_with_its_adapter_added(place, capsys):
+    run = finetuned(place, "adapted", "dense", "task=text", f"data.train_files=[{place / 'corpus.jsonl'}]",
+                    "method=lost_adapter", "method.activation=identity", "train.max_steps=3",
+                    "optimizer.learning_rate=0.05")  # fmt: skip
+    assert lost_here("export", f"source={run}", f"to={place / 'adapted_export'}") == 0
+    exported = load_file(place / "adapted_export" / "model.safetensors")
+    untrained = ["train.max_steps=1", "optimizer.learning_rate=0"]
+    classifier = load_file(finetuned(place, "on_adapted", "adapted", *untrained) / "final" / "model.safetensors")
+    base = load_file(place / "dense" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(classifier[name], exported[name])
+    assert not torch.equal(classifier[name], base[name])
+    # The adapter of a classifier is none.
+    head = finetuned(place, "head", "dense", "method=lost_adapter", "train.max_steps=1")
+    assert lost_here(*finetune_run(place / "no_head", head, place / "train.jsonl")) == 2
+    assert "is the adapter of a classifier, not of a language model" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_best_checkpoint_is_kept_and_training_ends_when_nothing_gets_better(place):
