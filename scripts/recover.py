@@ -51,8 +51,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--lost", type=Path, required=True, help="run directory of LOST from scratch")
     parser.add_argument("--english", type=Path, required=True, help="folder of the text that both were trained on")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200, help="of 4,096 tokens")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=300, help="of 4,096 tokens")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     return parser.parse_args()
 
 
