@@ -12,7 +12,7 @@ from lost.checkpoint import CheckpointManager
 from lost.checkpoint.io import read_json
 from lost.config.section import to_dict
 from lost.config.use import ExportConfig
-from lost.export import Form, adapted_card, lost_layers, model_card
+from lost.export import Form, adapted_card, auto_class, lost_layers, model_card
 from lost.utils.errors import CheckpointError, ConfigError
 
 
@@ -28,7 +28,14 @@ def card_of(loaded: Loaded, config: ExportConfig, form: Form) -> str:
     if checkpoint is None:
         card = own.read_text(encoding="utf-8") if own.is_file() else bare_card(loaded)
         num_multiplied_out = len(lost_layers(loaded.model)) if form == "dense" else 0
-        return adapted_card(card, form, config.license, evaluations, num_multiplied_out=num_multiplied_out)
+        return adapted_card(
+            card,
+            form,
+            config.license,
+            evaluations,
+            num_multiplied_out=num_multiplied_out,
+            auto_name=auto_class(loaded.model).__name__,
+        )
     counters, run_config = read_json(checkpoint / "state.json")["counters"], config_of_checkpoint(checkpoint)
     run_dir = loaded.place.run_dir
     assert run_dir is not None

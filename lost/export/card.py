@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 Form = Literal["lost", "dense", "self_contained"]
 # What the card of a converted model points to.
 CONVERSION_REPORT, CONVERSION_PICTURE = "conversion.json", "conversion.png"
+CAUSAL_LM = "AutoModelForCausalLM"
 LOST_TAGS = ["lost", "low-rank", "sparse"]
 _HEADER = re.compile(r"---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
 REGISTRATION = "import lost.model  # registers the model type\n"
@@ -88,16 +89,23 @@ def model_card(config: PreTrainedConfig, facts: CardFacts) -> str:
 
 
 def adapted_card(
-    card: str, form: Form, license_name: str, evaluations: list[str], *, num_multiplied_out: int = 0
+    card: str,
+    form: Form,
+    license_name: str,
+    evaluations: list[str],
+    *,
+    num_multiplied_out: int = 0,
+    auto_name: str = CAUSAL_LM,
 ) -> str:
     """A card that came with a model, for the form in which the model is now: use, licence and evaluation are new.
 
     Args:
         num_multiplied_out: LOST layers that are one matrix each in this folder, while the card is of their LOST form.
+        auto_name: of the class of transformers that loads the folder.
     """
     if num_multiplied_out:
         card = with_section(without_lost_tags(card), "Form", multiplied_out(num_multiplied_out))
-    card = with_section(card, "Use", usage(form))
+    card = with_section(card, "Use", usage(form, auto_name))
     card = with_section(card, "Evaluation", evaluation(evaluations)) if evaluations else card
     return with_license(card, license_name) if license_name else card
 
@@ -199,14 +207,15 @@ def method(facts: CardFacts) -> str:
     return text
 
 
-def usage(form: Form) -> str:
+def usage(form: Form, auto_name: str = CAUSAL_LM) -> str:
+    """How to load the folder, by the class of transformers of that name."""
     registration = REGISTRATION if form == "lost" else ""
     option = ", trust_remote_code=True" if form == "self_contained" else ""
-    commands = "or `lost generate source=<folder> prompt='...'`, `lost evaluate source=<folder>`."
+    commands = "\n\nor `lost generate source=<folder> prompt='...'`, `lost evaluate source=<folder>`."
     return (
-        f"```python\n{registration}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained(folder{option})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n{commands}"
+        f"```python\n{registration}from transformers import {auto_name}, AutoTokenizer\n\n"
+        f"model = {auto_name}.from_pretrained(folder{option})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder)\n```{commands if auto_name == CAUSAL_LM else ''}"
     )
 
 

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from lost.model import LostLinear
 from lost.utils.errors import ConfigError
 from lost.utils.quiet import quiet_libraries
 
 CODE_FILE = Path(__file__).with_name("modeling_lost.py")
+# How transformers' classes of text classifiers end.
+CLASSIFIER = "ForSequenceClassification"
 # Keys of a config that say what the LOST layers are, or who wrote it.
 _OWN_KEYS = ("parameterization", "lost_layers", "model_type", "architectures", "auto_map", "transformers_version")
 
@@ -35,7 +37,7 @@ def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
     """
     layers = lost_layers(model)
     refuse_activations(layers)
-    config, kind = dense_classes(model.config)
+    config, kind = dense_classes(model)
     for name, layer in layers.items():
         weight = layer.dense_weight(dtype)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
@@ -45,7 +47,8 @@ def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
         setattr(model.get_submodule(parent), child, linear)
     with quiet_libraries():
         dense = kind.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype or model.dtype)
-    dense.generation_config = model.generation_config
+    if model.can_generate():
+        dense.generation_config = model.generation_config
     return dense.eval()
 
 
@@ -60,9 +63,15 @@ def refuse_activations(layers: dict[str, LostLinear]) -> None:
         )
 
 
-def dense_classes(config: PreTrainedConfig) -> tuple[PreTrainedConfig, Any]:
+def auto_class(model: PreTrainedModel) -> Any:
+    """The class of transformers that loads a folder of the model."""
+    is_classifier = type(model).__name__.endswith(CLASSIFIER)
+    return AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+
+
+def dense_classes(model: PreTrainedModel) -> tuple[PreTrainedConfig, Any]:
     """The config of the architecture that a LOST model type extends, with the same values, and its model class."""
-    known = AutoModelForCausalLM._model_mapping
+    known, config = auto_class(model)._model_mapping, model.config
     (base, *_) = (kind for kind in type(config).__mro__[1:] if kind in known and kind.model_type != config.model_type)
     values = {key: value for key, value in config.to_dict().items() if key not in _OWN_KEYS}
     return base(**values), known[base]
@@ -86,7 +95,7 @@ def describe_layers(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 def code_of(model: PreTrainedModel) -> tuple[str, str]:
     """(name, text) of the Python file that runs the model without `lost`; config.json is told of it."""
     config = model.config
-    dense_config, kind = dense_classes(config)
+    dense_config, kind = dense_classes(model)
     names = {
         "LlamaForCausalLM": kind.__name__,
         "LlamaConfig": type(dense_config).__name__,

@@ -18,6 +18,7 @@ from transformers import (
     BertForSequenceClassification,
     DebertaV2ForMaskedLM,
     DistilBertForMaskedLM,
+    LlamaForSequenceClassification,
 )
 
 from lost.finetune.adapter_folder import load_adapted
@@ -104,6 +105,58 @@ def test_a_dropout_beside_the_head_is_no_part_of_it(place, method):
     tiny_tokenizer().save_pretrained(place / "bert")
     run = finetuned(place, f"bert_{method}", "bert", "train.max_steps=2", f"method={method}")
     assert (run / "final").is_dir()
+
+
+def exported(place, run, capsys, *options):
+    """(the folder, what was printed) of an export that must succeed."""
+    to = place / f"{run.name}_{len(options)}_export"
+    capsys.readouterr()
+    assert lost_here("export", f"source={run}", f"to={to}", *options) == 0
+    return to, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lost_adapter"])
+def test_an_export_of_a_classifier_is_a_plain_classifier(place, capsys, method):
+    if method == "lora":
+        pytest.importorskip("peft")
+    more = ["method.activation=identity"] if method == "lost_adapter" else []
+    run = finetuned(place, f"to_export_{method}", "dense", f"method={method}", *more, "train.max_steps=4",
+                    f"data.test_files=[{place / 'test.jsonl'}]")  # fmt: skip
+    to, said = exported(place, run, capsys)
+    assert "AutoModelForSequenceClassification.from_pretrained" in said
+    model = loaded(to)
+    assert type(model) is LlamaForSequenceClassification
+    assert model.config.id2label == {0: "0", 1: "1"}
+    assert not [name for name in load_file(to / "model.safetensors") if "lora" in name or "delta" in name]
+    check_predictions(model, run, place / "test.jsonl")
+    card = (to / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained(folder)" in card
+    assert "lost generate" not in card
+
+
+def test_a_lost_classifier_has_a_dense_form_without_an_activation(place, capsys):
+    corpus = place / "corpus.jsonl"
+    straight = ["parameterization.activation=identity", "train.max_steps=4"]
+    assert lost_here(*tiny_run(place / "straight_run", corpus, *straight)) == 0
+    more = [f"data.test_files=[{place / 'test.jsonl'}]", "train.max_steps=4"]
+    run = finetuned(place, "straight", "straight_run", *more)
+    to, _ = exported(place, run, capsys, "form=dense")
+    model = loaded(to)
+    assert type(model) is LlamaForSequenceClassification
+    assert model.config.pad_token_id is not None
+    check_predictions(model, run, place / "test.jsonl")
+    to, _ = exported(place, run, capsys)
+    assert type(loaded(to)).__name__ == "LostLlamaForSequenceClassification"
+    check_predictions(loaded(to), run, place / "test.jsonl")
+    curved = finetuned(place, "curved", "lost_run", *more)
+    for source, form, message in (
+        (curved, "dense", "have an activation between their factors"),
+        (run, "self_contained", "its modelling file is for language models, and this is a classifier"),
+        (finetuned(place, "beside_lost", "lost_run", *more, "method=lost_adapter"), "auto", "cannot be added to"),
+    ):
+        assert lost_here("export", f"source={source}", f"to={place / 'none'}", f"form={form}") == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+        assert not (place / "none").exists()
 
 
 ENCODERS = {
