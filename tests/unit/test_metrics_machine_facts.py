@@ -2,6 +2,7 @@
 
 import json
 import logging
+import mmap
 import multiprocessing
 import subprocess
 import sys
@@ -90,10 +91,12 @@ def test_an_image_names_its_commit_where_there_is_no_git(package, monkeypatch):
 def touch_memory(size_bytes: int, peaks) -> None:
     """Peaks before, with and after a block of memory whose every page is written."""
     before = peak_resident_bytes()
-    block = bytearray(size_bytes)
-    block[::1024] = b"x" * (size_bytes // 1024)
+    # Pages of its own: malloc may hand out memory that earlier tests have touched and freed.
+    block = mmap.mmap(-1, size_bytes)
+    for start in range(0, size_bytes, mmap.PAGESIZE):
+        block[start] = 1
     during = peak_resident_bytes()
-    del block
+    block.close()
     peaks.put((before, during, peak_resident_bytes(), peak_memory_gib()))
 
 
