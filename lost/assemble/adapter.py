@@ -17,7 +17,7 @@ from lost.config.finetune import LoraMethodConfig, LostAdapterMethodConfig, Meth
 from lost.config.section import build
 from lost.model.adapter import add_lost_adapters, merge_lost_adapters
 from lost.model.lora import merge_lora, quiet_peft, register_lost, require_peft
-from lost.utils.errors import LostError
+from lost.utils.errors import LostError, first_line
 
 FACTS_NAME = "lost_adapter.json"
 # The name that peft gives its file.
@@ -69,6 +69,20 @@ def read_adapter_facts(folder: Path) -> AdapterFacts:
         return AdapterFacts(**values)
     except TypeError as error:
         raise LostError(f"{folder / FACTS_NAME} does not describe an adapter: {error}") from error
+
+
+def base_of(folder: Path, facts: AdapterFacts) -> str:
+    """The model that an adapter belongs to, as `source=` takes it.
+
+    Raises:
+        LostError: it was a folder that is not there any more.
+    """
+    if Path(facts.source).is_absolute() and not Path(facts.source).exists():
+        raise LostError(
+            f"the adapter {folder} belongs to the model {facts.source}, which is not there: bring it back, or write"
+            f" where it is now as `source` into {folder / FACTS_NAME}"
+        )
+    return facts.source
 
 
 def fingerprint_of(model: PreTrainedModel, without: Collection[str] = ()) -> str:
@@ -124,7 +138,10 @@ def with_lora(model: PreTrainedModel, folder: Path, tensors: Collection[str]) ->
     peft = require_peft()
     if not (folder / "adapter_config.json").is_file():
         raise LostError(f"{folder} is not complete: it has no adapter_config.json")
-    config = peft.LoraConfig.from_pretrained(str(folder))
+    try:
+        config = peft.LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise LostError(f"{folder / 'adapter_config.json'} cannot be read: {first_line(error)}") from error
     register_lost(config)
     with quiet_peft():
         try:

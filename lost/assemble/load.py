@@ -1,5 +1,6 @@
 """Loads the model and the tokenizer that `source=` names."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lost.assemble.adapter import add_stored_adapter, merged, read_adapter_facts
+from lost.assemble.adapter import add_stored_adapter, base_of, merged, read_adapter_facts
 from lost.assemble.locate import Place, locate
 from lost.checkpoint.io import read_json
 from lost.checkpoint.manifest import verify
 from lost.checkpoint.shards import read_whole
 from lost.config.schema import PretrainConfig
 from lost.config.section import build
+from lost.export import CLASSIFIER
 from lost.model import LostLlamaConfig, LostLlamaForCausalLM
 from lost.model.build import llama_config
 from lost.utils.errors import CheckpointError, ConfigError, LostError, first_line
@@ -110,7 +112,7 @@ def load_with_adapter(
             f"source = {place.name} is the adapter of a classifier, not of a language model: load it in Python by"
             " lost.finetune.adapter_folder.load_adapted(folder)"
         )
-    base = load_model(facts.source, "cpu", dtype).model
+    base = load_model(base_of(place.folder, facts), "cpu", dtype).model
     model, left = merged(add_stored_adapter(base, place.folder))
     model = model.to(device).eval()
     assert isinstance(model, PreTrainedModel), model
@@ -173,12 +175,22 @@ def is_of_finetune(config: dict[str, Any]) -> bool:
 def load_export(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a Hugging Face folder."""
     config = read_config(place)
+    if is_classifier_config(config):
+        raise LostError(
+            f"source = {place.name} is a text classifier, not a language model: `lost finetune task=classification` and"
+            " `lost export` take it, and transformers' pipeline uses it"
+        )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise LostError(
             f"source = {place.name} is a {config.model_type} model, which is not a causal language model: give one"
             " that predicts the next token, such as llama or lost_llama"
         )
     return from_pretrained(AutoModelForCausalLM, place, place.folder, config=config, dtype=dtype or "auto")
+
+
+def is_classifier_config(config: Any) -> bool:
+    """Whether a folder's config says that its weights are those of a sequence classifier."""
+    return any(name.endswith(CLASSIFIER) for name in getattr(config, "architectures", None) or [])
 
 
 def read_config(place: Place, **keys: Any) -> Any:
@@ -208,9 +220,28 @@ def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any
             f"source = {place.name}: its weights lack {some_of(info['missing_keys'])}: the folder is not complete, or"
             " not a causal language model"
         )
+    refuse_not_finite(model, place)
     if info["unexpected_keys"]:
         log.warning("%s holds weights that its model does not use: %s", place.name, some_of(info["unexpected_keys"]))
     return model
+
+
+def refuse_not_finite(model: PreTrainedModel, place: Place) -> None:
+    """Raises where a weight is NaN or infinite: nothing that the model says means anything.
+
+    Raises:
+        LostError: names the tensors.
+    """
+    bad = [
+        name
+        for name, weight in model.named_parameters()
+        if not math.isfinite(float(weight.detach().sum(dtype=torch.float32)))
+    ]
+    if bad:
+        raise LostError(
+            f"source = {place.name}: {some_of(bad)} hold values that are not finite (NaN or infinity): its training"
+            " diverged, or the file is damaged; take an earlier checkpoint"
+        )
 
 
 def model_and_info(kind: Any, place: Place, folder: Path | None, **options: Any) -> tuple[PreTrainedModel, Any]:

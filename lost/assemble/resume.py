@@ -19,6 +19,9 @@ from lost.train.engine import Engine
 from lost.train.runtime import Runtime
 from lost.train.state import TrainState, restore_rng
 from lost.utils.errors import CheckpointError, LostError
+from lost.utils.logging import get_logger
+
+log = get_logger(__name__)
 
 Result = TypeVar("Result")
 RunConfig = PretrainConfig | FinetuneConfig
@@ -119,12 +122,7 @@ def check_checkpoint(path: Path, config: RunConfig, prepared: Prepared, runtime:
             f"{path} was trained in {facts['precision']}, and this run would go on in {runtime.precision}: set"
             f" runtime.precision={facts['precision']}"
         )
-    if facts["data_fingerprint"] != prepared.fingerprint:
-        raise CheckpointError(
-            f"{path} was trained on other data: its rows have the fingerprint {facts['data_fingerprint']}, those of"
-            f" {data_words(config)} now {prepared.fingerprint}. Bring the old data (for stdlib: the old"
-            " Python version) back, or start a new run from its weights: source=<run_dir> run_dir=<new folder>"
-        )
+    refuse_other_data(path, facts, config, prepared)
     step = facts["counters"]["step"]
     if step > config.train.num_steps:
         raise CheckpointError(
@@ -132,6 +130,32 @@ def check_checkpoint(path: Path, config: RunConfig, prepared: Prepared, runtime:
             f" {config.train.num_steps}: raise it, or choose another run_dir"
         )
     return facts
+
+
+def check_data(run_dir: Path, config: RunConfig, prepared: Prepared) -> None:
+    """Refuses data that a finished run was not trained on.
+
+    Raises:
+        CheckpointError: other rows; not where the checkpoints of the run are gone.
+    """
+    newest = CheckpointManager(run_dir / "checkpoints").latest()
+    if newest is not None:
+        refuse_other_data(newest, read_json(newest / FACTS_NAME), config, prepared)
+
+
+def refuse_other_data(path: Path, facts: dict[str, Any], config: RunConfig, prepared: Prepared) -> None:
+    if facts["data_fingerprint"] != prepared.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on other data: its rows have the fingerprint {facts['data_fingerprint']}, those of"
+            f" {data_words(config)} now {prepared.fingerprint}. Bring the old data (for stdlib: the old"
+            " Python version) back, or start a new run from its weights: source=<run_dir> run_dir=<new folder>"
+        )
+
+
+def log_changes(path: Path, facts: dict[str, Any], config: RunConfig) -> None:
+    """Says which settings a run goes on with that its checkpoint was not made with."""
+    for line in differences(facts["config"], to_dict(config), [key for key, _, _ in leaves(config)]):
+        log.info("%s", line.replace(": checkpoint ", f": {path.name} was made with "))
 
 
 def data_words(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import yaml
 from torch import nn
 
-from lost.assemble.resume import RunConfig, check_checkpoint, find_checkpoint, restore
+from lost.assemble.resume import RunConfig, check_checkpoint, find_checkpoint, log_changes, restore
 from lost.assemble.rollback import go_back_with
 from lost.assemble.validation import EvaluationLine
 from lost.checkpoint import (
@@ -98,6 +98,8 @@ def carry_out(config: RunConfig, make_job: Callable[[], Job], runtime: Runtime, 
     state = restore(checkpoint, facts, engine, runtime) if checkpoint else TrainState()
     with status_of_failures(run_dir, runtime, state), watching(config, runtime, state) as watch:
         if runtime.is_main:
+            if checkpoint:
+                log_changes(checkpoint, facts, config)
             open_run_dir(config, prepared, manager, state, is_resumed=checkpoint is not None)
             job.print_start(state)
         runtime.accelerator.wait_for_everyone()

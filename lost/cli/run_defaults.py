@@ -5,14 +5,23 @@ from typing import Any
 
 import yaml
 
+from lost.utils.errors import ConfigError
+
 
 def run_defaults(command: str, overrides: list[str]) -> dict[str, Any]:
     """What lies over the packaged defaults and under the command line: data and seq_len of the run that made `source`.
 
     Empty for other commands, and where the source is no run directory and in none (an export, a hub id).
+
+    Raises:
+        ConfigError: a tokenizer, which is always the model's.
     """
+    if command not in ("evaluate", "convert"):
+        return {}
+    if any(override.partition("=")[0] == "data.tokenizer" for override in overrides):
+        raise ConfigError(f"data.tokenizer with `lost {command}`: text is read by the model's own; leave it out")
     sources = [value for key, equals, value in (o.partition("=") for o in overrides) if equals and key == "source"]
-    if command not in ("evaluate", "convert") or not sources:
+    if not sources:
         return {}
     config_file = config_file_of(Path(sources[-1].strip()).expanduser())
     if config_file is None:

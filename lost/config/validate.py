@@ -224,11 +224,18 @@ def _missing_path_problem(key: str, text: str, wanted: str) -> list[str]:
     return []
 
 
+# No run directory has these itself.
+MARKS_OF_A_MODEL = ("config.json", "model.safetensors", "lost_adapter.json", "adapter_config.json", "manifest.json")
+
+
 def run_dir_problems(run_dir: str) -> list[str]:
     if not run_dir.strip():
         return ["run_dir is empty: name the folder that the run writes"]
     if Path(run_dir).expanduser().is_file():
         return [f"run_dir = {run_dir} is a file: name a folder"]
+    marks = [name for name in MARKS_OF_A_MODEL if (Path(run_dir).expanduser() / name).is_file()]
+    if marks:
+        return [f"run_dir = {run_dir} holds a model or a checkpoint ({marks[0]}), no run: name a folder of its own"]
     return []
 
 

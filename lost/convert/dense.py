@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lost.assemble.load import UNREADABLE, some_of, what_went_wrong
+from lost.assemble.load import UNREADABLE, is_classifier_config, some_of, what_went_wrong
 from lost.assemble.locate import Place
 from lost.model.other_families import PREFIX
 from lost.utils.errors import CheckpointError, ConfigError, first_line
@@ -115,6 +115,11 @@ def config_of(place: Place) -> Any:
         raise ConfigError(
             f"source = {place.name} is a {model_type} model, of which `lost convert` knows no LOST form; it knows"
             f" {', '.join(convertible())}"
+        )
+    if is_classifier_config(config):
+        raise ConfigError(
+            f"source = {place.name} is a text classifier: convert the language model first, then fine-tune it by"
+            " `lost finetune task=classification`"
         )
     if getattr(config, "quantization_config", None):
         raise ConfigError(

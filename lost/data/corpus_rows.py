@@ -142,6 +142,8 @@ class CorpusRows:
         empty = sum(report.empty_documents for report in self.reports)
         if documents == empty:
             raise DataError(f"{name}: no text in {documents} documents ({empty} empty): give files with text")
+        if others and documents - empty == 1:
+            raise DataError(f"{name}: one document cannot be split: name data.validation_files, or give more documents")
         if others and not others[0].rows:
             lowest = self._progress["lowest_key"] / 2**64
             raise DataError(

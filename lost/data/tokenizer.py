@@ -108,7 +108,7 @@ def check_vocabulary(max_id: int, vocab_size: int, label: str) -> None:
     if max_id >= vocab_size:
         raise DataError(
             f"tokenizer {label} gives token id {max_id}, but model.vocab_size = {vocab_size}: ids must be below it."
-            f" Set model.vocab_size to {max_id + 1} or more, or take another tokenizer"
+            f" Take the model's own tokenizer, or for a new model set model.vocab_size to {max_id + 1} or more"
         )
 
 

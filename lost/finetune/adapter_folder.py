@@ -7,7 +7,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lost.assemble.adapter import FACTS_NAME, WEIGHTS_NAME, AdapterFacts, add_stored_adapter, read_adapter_facts
+from lost.assemble.adapter import (
+    FACTS_NAME,
+    WEIGHTS_NAME,
+    AdapterFacts,
+    add_stored_adapter,
+    base_of,
+    read_adapter_facts,
+)
 from lost.assemble.load import load_model
 from lost.assemble.locate import locate
 from lost.checkpoint.io import write_json
@@ -49,7 +56,8 @@ def load_adapted(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Mod
     """
     folder = Path(folder)
     facts = read_adapter_facts(folder)
+    source = base_of(folder, facts)
     if facts.task != "classification":
-        return add_stored_adapter(load_model(facts.source, "cpu", dtype).model, folder).eval()
-    model = classifier(locate(facts.source), Head(tuple(facts.label_names)), dtype or torch.float32)
+        return add_stored_adapter(load_model(source, "cpu", dtype).model, folder).eval()
+    model = classifier(locate(source), Head(tuple(facts.label_names)), dtype or torch.float32)
     return add_stored_adapter(model, folder, head_modules(model)).eval()

@@ -24,6 +24,9 @@ from lost.train.objective import Classification, Regression
 from lost.train.trainer import Run
 from lost.utils.errors import DataError
 from lost.utils.files import cache_folder
+from lost.utils.logging import get_logger
+
+log = get_logger(__name__)
 
 # Texts that are tokenised at once.
 BATCH_TEXTS = 4096
@@ -61,10 +64,16 @@ def prepare_labelled(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase)
         DataError: as `read_labelled`.
     """
     data, seq_len = config.data, config.train.seq_len
-    key = key_of(examples=identity_of(data), tokenizer=fingerprint_of(tokenizer), rows=["labelled", 2, seq_len])
+    key = key_of(examples=identity_of(data), tokenizer=fingerprint_of(tokenizer), rows=["labelled", 3, seq_len])
     folder = cache_folder(data.cache_dir) / "examples" / key
     made_once(folder, is_whole, lambda target: write_rows(target, read_labelled(data), tokenizer, seq_len))
     facts = read_facts(folder)
+    for name, counts in facts["sets"].items():
+        if counts["cut"]:
+            log.warning(
+                "%s: %d of %d texts were longer than train.seq_len = %d and cut",
+                *(name, counts["cut"], counts["rows"], seq_len),
+            )
     rows = {name: LabelledRows(folder, name, facts, pad_id_of(tokenizer)) for name in facts["sets"]}
     validation = {name: rows[name] for name in facts["validation"]}
     test = {name: rows[name] for name in facts["test"]}
@@ -77,6 +86,7 @@ def write_rows(folder: Path, sets: LabelledSets, tokenizer: PreTrainedTokenizerB
     label_dtype = np.int64 if sets.label_names else np.float32
     counts, largest = {}, 0
     for name, examples in sets.all().items():
+        num_cut = encoder.num_cut
         ids, types = encode_all(encoder, examples)
         refuse_empty(ids, examples)
         ends = np.cumsum([len(row) for row in ids], dtype=np.int64)
@@ -86,7 +96,7 @@ def write_rows(folder: Path, sets: LabelledSets, tokenizer: PreTrainedTokenizerB
         if types:
             np.save(folder / f"{name}_types.npy", np.concatenate(types))
         largest = max(largest, *(int(row.max()) for row in ids))
-        counts[name] = {"rows": len(ids), "tokens": int(ends[-1])}
+        counts[name] = {"rows": len(ids), "tokens": int(ends[-1]), "cut": encoder.num_cut - num_cut}
     facts = {"sets": counts, "validation": list(sets.validation), "test": list(sets.test), "seq_len": seq_len}
     write_facts(folder, facts | {"label_names": sets.label_names, "largest_id": largest})
 

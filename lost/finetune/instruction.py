@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from lost.config.finetune import FinetuneConfig, FinetuneDataConfig
@@ -117,6 +117,11 @@ def write_rows(
         kept = [cut(conversation, seq_len) for conversation in conversations]
         # The first token of a conversation is never predicted.
         kept = [conversation for conversation in kept if conversation.is_answer[1:].any()]
+        if not conversations:
+            raise DataError(
+                f"the {name} set has no conversation: give more to train on, or set data.validation_files or"
+                " validation_fraction"
+            )
         if not kept:
             raise DataError(
                 f"the {name} set has no answer within {seq_len} tokens ({len(conversations)} conversations): raise"
@@ -147,6 +152,9 @@ def conversation_of(
     messages = messages_of(record, place, data.messages_field)
     try:
         text, spans = rendered(messages, tokenizer)
+    except TemplateSyntaxError as error:
+        name = data.chat_template or "the tokenizer's chat template"
+        raise ConfigError(f"data.chat_template: {name} is no Jinja template, line {error.lineno}: {error}") from error
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise DataError(f"{place}: the chat template refuses these messages: {error}") from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -10,6 +10,9 @@ from lost.config.finetune import FinetuneDataConfig
 from lost.finetune.records import Record, field_of, files_of, hash_of_files, is_held_out, read_records, text_of
 from lost.utils.errors import DataError
 from lost.utils.hub import is_hub_id, may_be_cached, require_hub
+from lost.utils.logging import get_logger
+
+log = get_logger(__name__)
 
 Label = int | float | str
 
@@ -109,6 +112,10 @@ def _read_files(data: FinetuneDataConfig) -> LabelledSets:
     names = _label_names(train, data.num_labels)
     for examples in (train, *validation.values(), *test.values()):
         _number_labels(examples, names)
+    present = set(train.labels)
+    never = [name for number, name in enumerate(names) if number not in present]
+    if never:
+        log.warning("no training example has the label %s: the classifier will never learn it", " or ".join(never[:10]))
     return LabelledSets(train, validation, test, names)
 
 
@@ -155,6 +162,8 @@ def _label_names(train: Examples, num_labels: int) -> list[str]:
             f"the largest label is {max(numbers)} and there are {len(numbers)} training examples: number labels from 0"
             " without gaps, or say how many there are by data.num_labels; does data.label_field name the labels?"
         )
+    if num_labels == 1:
+        raise DataError("data.num_labels = 1: there is nothing to tell apart; set 2 or more, or leave it out")
     names = words or [str(number) for number in range(num_labels or int(max(numbers, default=0)) + 1)]
     if len(names) < 2:
         raise DataError(f"every training example has the label {names[0]}: there is nothing to tell apart")
@@ -170,11 +179,13 @@ def _number_labels(examples: Examples, names: list[str]) -> None:
     numbers = {name: number for number, name in enumerate(names)}
     for index, (label, place) in enumerate(zip(examples.labels, examples.places, strict=True)):
         if str(label) not in numbers:
-            known = f"0 to {len(names) - 1}" if names == [str(n) for n in range(len(names))] else ", ".join(names[:10])
-            raise DataError(
-                f"{place}: label {label} is outside the range: labels are {known}. Mend the label, or set"
-                " data.num_labels where the training examples do not have every label"
-            )
+            if names == [str(n) for n in range(len(names))]:
+                known = f"is outside the range: labels are 0 to {len(names) - 1}"
+                fix = "set data.num_labels where the training examples do not have every label"
+            else:
+                known = f"is not among those of the training examples: {', '.join(names[:10])}"
+                fix = "give an example of it to train on"
+            raise DataError(f"{place}: label {label} {known}. Mend the label, or {fix}")
         examples.labels[index] = numbers[str(label)]
 
 

@@ -12,6 +12,13 @@ HIGHER_IS_BETTER = {
 }
 
 
+def measured(num_labels: int) -> list[str]:
+    """The metrics of a task with so many labels; 0: regression."""
+    if not num_labels:
+        return ["loss", "pearson", "spearman"]
+    return ["loss", "accuracy", "matthews", *(["f1"] if num_labels == 2 else [])]
+
+
 def classification_metrics(predicted: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, float]:
     """accuracy and matthews, and for two labels f1; predicted and labels are int [N]."""
     metrics = {"accuracy": accuracy(predicted, labels), "matthews": matthews(predicted, labels)}

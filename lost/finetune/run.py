@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lost.assemble.resume import by_main, is_finished, stored_config
+from lost.assemble.resume import by_main, check_data, is_finished, stored_config
 from lost.assemble.run import Job, carry_out
 from lost.assemble.validation import EvaluationLine, evaluation_line
 from lost.checkpoint import RunLock, check_same, fixed_keys
@@ -28,7 +28,7 @@ from lost.finetune import classification
 from lost.finetune.build import ModelMaker
 from lost.finetune.final import save_result
 from lost.finetune.instruction import prepare_conversations
-from lost.finetune.metrics import HIGHER_IS_BETTER
+from lost.finetune.metrics import HIGHER_IS_BETTER, measured
 from lost.finetune.start import Head, tokenizer_of
 from lost.finetune.summary import print_start, print_summary
 from lost.finetune.tokens import NO_LIMIT
@@ -83,6 +83,7 @@ def finetune(config: FinetuneConfig) -> int:
         if stored:
             check_same(stored, to_dict(config), fixed_keys(config), run_dir)
             if is_finished(config, run_dir, stored):
+                check_data(run_dir, config, material.prepared)
                 if runtime.is_main:
                     print_summary(run_dir)
                 return 0
@@ -103,6 +104,7 @@ def material_of(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> M
 
 def classified(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Material:
     data = classification.prepare_labelled(config, tokenizer)
+    check_metric(classification.main_metric(config), data)
     rows: Any = data.train
     validation: Any = data.validation
     report = PrepareReport(sets={}, is_cached=True)
@@ -112,6 +114,18 @@ def classified(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Ma
         return classification.evaluate_labelled(run, data, config.evaluation.micro_batch_size)
 
     return Material(prepared, data.objective, evaluate, Head(tuple(data.label_names)), data.largest_id, data)
+
+
+def check_metric(metric: str, data: classification.LabelledData) -> None:
+    """Refuses a metric that the labels do not have.
+
+    Raises:
+        ConfigError: says which ones there are.
+    """
+    known = measured(len(data.label_names))
+    if metric not in known:
+        kind = f"{len(data.label_names)} labels" if data.label_names else "numbers as labels"
+        raise ConfigError(f"evaluation.metric = {metric} with {kind}: must be auto, {', '.join(known)}")
 
 
 def instructed(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Material:

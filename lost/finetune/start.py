@@ -17,11 +17,13 @@ from transformers import (
 
 from lost.assemble.load import (
     config_of_checkpoint,
+    is_classifier_config,
     load_model,
     load_tokenizer,
     model_and_info,
     read_config,
     refuse_adapter_beside,
+    refuse_not_finite,
     some_of,
     special_ids,
     tensors_of,
@@ -32,12 +34,17 @@ from lost.config.finetune import FinetuneConfig
 from lost.finetune.tokens import pad_id_of
 from lost.model.build import llama_config
 from lost.utils.errors import CheckpointError, ConfigError, LostError
+from lost.utils.logging import get_logger
 from lost.utils.quiet import quiet_libraries
+
+log = get_logger(__name__)
 
 # Of a run that trains every parameter: what a resume builds the model from, so that the source may be gone.
 MODEL_CONFIG = "model_config"
 # Layers of an encoder between its blocks and the classifier, which pre-trained checkpoints often lack.
 NEW_LAYERS = ("pooler",)
+# What stands for the label of a regression.
+NUMBER = "a number"
 MODEL_OF_ADAPTER = "fine-tune the model that the adapter was made for"
 
 
@@ -79,7 +86,10 @@ def starting_model(config: FinetuneConfig, head: Head | None, dtype: torch.dtype
             loaded = load_model(config.source, "cpu", dtype)
             refuse_adapter_beside(loaded, MODEL_OF_ADAPTER)
             return loaded.model
-        return classifier(locate(config.source), head, dtype)
+        place = locate(config.source)
+        model = classifier(place, head, dtype)
+        fit_head(model, place, head)
+        return model
 
 
 def classifier(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
@@ -116,6 +126,42 @@ def on_export(place: Place, head: Head, dtype: torch.dtype) -> PreTrainedModel:
     return loaded_classifier(class_for(config, place), place, place.folder, **options)
 
 
+def fit_head(model: PreTrainedModel, place: Place, head: Head) -> None:
+    """Puts the outputs of a head that `place` has already into the order of the new labels; draws it anew for others.
+
+    Numbers, and names such as LABEL_0, are places in the old order already.
+    """
+    stored_config = read_config(place) if place.kind == "export" else None
+    if not is_classifier_config(stored_config):
+        return
+    assert stored_config is not None
+    stored = [stored_config.id2label[number] for number in range(stored_config.num_labels)]
+    wanted = list(head.label_names) or [NUMBER]
+    if len(stored) == len(wanted) and (stored == wanted or are_numbered(stored) or are_numbered(wanted)):
+        return
+    linears = [module for name in top_modules(model) for module in model.get_submodule(name).modules()]
+    linears = [module for module in linears if isinstance(module, torch.nn.Linear)]
+    with torch.no_grad():
+        if sorted(stored) == sorted(wanted):
+            order = [stored.index(name) for name in wanted]
+            for tensor in linears[-1].parameters():
+                tensor.copy_(tensor[order].clone())
+            return
+        for linear in linears:
+            linear.weight.normal_(0, getattr(model.config, "initializer_range", 0.02))
+            if linear.bias is not None:
+                linear.bias.zero_()
+    log.warning(
+        "source = %s classifies into %s, the data into %s: the head starts anew",
+        *(place.name, some_of(stored, 5), some_of(wanted, 5)),
+    )
+
+
+def are_numbered(names: list[str]) -> bool:
+    """Whether names of labels say nothing but their places."""
+    return any(names == [f"{word}{number}" for number in range(len(names))] for word in ("", "LABEL_"))
+
+
 def class_for(config: Any, place: Place) -> Any:
     """The classifier of a config's family.
 
@@ -141,6 +187,7 @@ def loaded_classifier(kind: Any, place: Place, folder: Path | None, **options: A
     wrong = backbone_names(model, {*info["missing_keys"], *mismatched})
     if wrong:
         raise LostError(f"source = {place.name}: its weights lack {some_of(wrong)}: the folder is not complete")
+    refuse_not_finite(model, place)
     return model
 
 
@@ -152,9 +199,14 @@ def backbone_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules of a classifier that are not its pre-trained part: score, classifier, bert.pooler."""
-    tops = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    tops = top_modules(model)
     inner = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in NEW_LAYERS]
     return [name for name in dict.fromkeys(tops + inner) if any(True for _ in model.get_submodule(name).parameters())]
+
+
+def top_modules(model: PreTrainedModel) -> list[str]:
+    """Those beside a classifier's backbone."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -73,6 +73,9 @@ class PairEncoder:
 
     Where a tokenizer has nothing of its own between two texts, as those of language models, EOS stands there; around
     both what stands around a single text.
+
+    Attributes:
+        num_cut: texts so far that lost their end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int):
@@ -80,6 +83,7 @@ class PairEncoder:
         self._seq_len = seq_len
         extra = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
         self._has_own_pairs = extra[1] > extra[0]
+        self.num_cut = 0
         self._has_types = "token_type_ids" in tokenizer.model_input_names
 
     def encode(self, texts: list[str], pairs: list[str]) -> tuple[list[list[int]], list[list[int]]]:
@@ -87,6 +91,7 @@ class PairEncoder:
         if pairs and not self._has_own_pairs:
             return self._joined(texts, pairs), []
         encoded = self._tokenizer(texts, text_pair=pairs or None, truncation=True, max_length=self._seq_len)
+        self.num_cut += sum(bool(one.overflowing) for one in encoded.encodings or [])
         return encoded["input_ids"], encoded["token_type_ids"] if self._has_types else []
 
     def _joined(self, texts: list[str], pairs: list[str]) -> list[list[int]]:
@@ -94,6 +99,7 @@ class PairEncoder:
         before, after = around_single_text(self._tokenizer)
         room = self._seq_len - len(before) - len(separator) - len(after)
         first, second = (self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (texts, pairs))
+        self.num_cut += sum(len(a) + len(b) > room for a, b in zip(first, second, strict=True))
         cuts = (shortened(a, b, room) for a, b in zip(first, second, strict=True))
         return [before + a + separator + b + after for a, b in cuts]
 

@@ -20,6 +20,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_readable(folder: Path) -> None:
+    """Gives every file the mode that the process gives to new ones: safetensors writes its own for the owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 @contextmanager
 def appearing(folder: Path, *, replaces: bool = False) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its name once everything is on disk.
@@ -40,6 +51,7 @@ def appearing(folder: Path, *, replaces: bool = False) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        make_readable(partial)
         for path in (*partial.rglob("*"), partial):
             flush(path)
         if folder.is_dir() and not replaces:

@@ -125,7 +125,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     largest = max(ids_of("AB"))
     assert largest < 200
     write(tmp_path / "small", ["AB"], "packed", 8, vocab_size=largest + 1)
-    with pytest.raises(DataError, match=f"Set model.vocab_size to {largest + 1} or more"):
+    with pytest.raises(DataError, match=f"set model.vocab_size to {largest + 1} or more"):
         write(tmp_path / "smaller", ["AB"], "packed", 8, vocab_size=largest)
 
 
