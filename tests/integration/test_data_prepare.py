@@ -338,7 +338,12 @@ def test_only_validation(tmp_path):
     [
         ([], {}, ["no text in 0 documents"]),
         (["", " \n"], {}, ["no text in 2 documents (2 empty)"]),
-        (["just one document"], {}, ["of 1 documents holds out none", "data.validation_files", "fraction above 0."]),
+        (["just one document"], {}, ["one document cannot be split", "data.validation_files", "more documents"]),
+        (
+            ["a b", "c d"],
+            {"validation_fraction": 1e-6},
+            ["of 2 documents holds out none", "data.validation_files", "fraction above 0."],
+        ),
         (["a b", "c d"], {"validation_fraction": 0.999999}, ["leaves none to train on", "lower"]),
         (["ab", "cd"], {"validation_files": ["v.jsonl"]}, ["do not fill one row of seq_len = 32", "lower train"]),
     ],
