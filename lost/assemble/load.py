@@ -214,11 +214,16 @@ def from_pretrained(kind: Any, place: Place, folder: Path | None, **options: Any
     Raises:
         LostError: files that cannot be read, or tensors that are missing or of another shape.
     """
-    model, info = model_and_info(kind, place, folder, **options)
+    model, info = model_and_info(kind, place, folder, ignore_mismatched_sizes=True, **options)
     if info["missing_keys"]:
         raise LostError(
             f"source = {place.name}: its weights lack {some_of(info['missing_keys'])}: the folder is not complete, or"
             " not a causal language model"
+        )
+    wrong = [f"{name} is {list(found)} instead of {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    if wrong:
+        raise LostError(
+            f"source = {place.name}: {some_of(wrong)}: its config.json is not that of its weights, or a file is damaged"
         )
     refuse_not_finite(model, place)
     if info["unexpected_keys"]:

@@ -58,6 +58,11 @@ class DenseCheckpoint:
                 f"source = {place.folder} is a checkpoint of training: export it first,"
                 f" lost export source={place.folder} to=<folder>, or name a finished run"
             )
+        if place.kind == "adapter":
+            raise ConfigError(
+                f"source = {place.folder} is an adapter, not a model: add it to its model first, lost export"
+                f" source={place.folder} to=<folder> form=dense, and convert that"
+            )
         self.config: Any = config_of(place)
         refuse_damaged_generation_config(place)
         self.model = meta_model(self.config, place)

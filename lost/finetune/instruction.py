@@ -164,6 +164,11 @@ def conversation_of(
     for start, end in spans:
         # A token that begins before an answer is given to the model.
         is_answer |= (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
+    if not is_answer.any() and any(message["content"].strip() for message in answers_of(messages)):
+        raise DataError(
+            f"{place}: the chat template writes nothing of what the {ANSWERING_ROLE} says: give another one by"
+            " data.chat_template"
+        )
     return Conversation(ids, is_answer)
 
 
@@ -177,9 +182,13 @@ def messages_of(record: Record, place: str, messages_field: str) -> list[dict[st
                 f"{place}: '{messages_field}' must be a list of messages such as"
                 ' {"role": "user", "content": "..."} with text in both'
             )
-    if not any(message["role"] == ANSWERING_ROLE for message in messages):
+    if not answers_of(messages):
         raise DataError(f"{place}: no message of the role {ANSWERING_ROLE}: there is no answer to learn")
     return messages
+
+
+def answers_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message for message in messages if message["role"] == ANSWERING_ROLE]
 
 
 def rendered(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:

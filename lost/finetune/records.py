@@ -83,7 +83,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Record]]:
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+        with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
@@ -93,9 +93,13 @@ def _json_records(path: Path) -> Iterator[tuple[str, Record]]:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def _parsed(line: str, place: str) -> Record:
+def _parsed(raw: bytes, place: str) -> Record:
     try:
+        line = raw.decode("utf-8-sig")
         record = json.loads(line)
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+        raise DataError(f"{place}: not UTF-8 ({found}): save the file as UTF-8, or mend or remove the line") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not JSON ({error.msg} at character {error.pos + 1}): mend or remove it") from error
     if not isinstance(record, dict):

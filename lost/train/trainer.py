@@ -132,7 +132,7 @@ def fit(
     Returns:
         True when that step was reached; False when the run was asked to stop before: the state is saved then.
     Raises:
-        TrainingError: too many skipped steps in a row, and no `go_back` or none that it can do.
+        TrainingError: too many skipped steps in a row, or no other ones, and no `go_back` or none that it can do.
     """
     num_steps = run.config.train.num_steps
     if state.step == 0 or state.owes_evaluation:
@@ -145,7 +145,7 @@ def fit(
             state.record(result.num_tokens, result.loss, result.is_skipped)
             report(run, state, result)
             run.profiler.step()
-            if state.skipped_in_a_row >= run.config.train.max_skipped_steps:
+            if state.skipped_in_a_row >= min(run.config.train.max_skipped_steps, num_steps):
                 if go_back is None:
                     raise TrainingError(diagnosis_of(run, state))
                 go_back(state)

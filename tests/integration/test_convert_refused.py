@@ -64,6 +64,11 @@ def test_models_that_cannot_be_converted(tmp_path, capsys):
     dense(tmp_path / "dense")
     converted(tmp_path / "dense", tmp_path / "lost", "lost_rank=3")
     assert "in LOST form already" in refused(capsys, tmp_path / "lost", "lost_rank=3")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "lost_adapter.json").write_text("{}")
+    message = refused(capsys, tmp_path / "adapter", "lost_rank=3")
+    assert "is an adapter, not a model" in message
+    assert "lost export" in message
     edited(tmp_path / "dense", quantization_config={"quant_method": "gptq", "bits": 4})
     assert "quantised" in refused(capsys, tmp_path / "dense", "lost_rank=3")
     edited(tmp_path / "dense", quantization_config=None, model_type="of_tomorrow")

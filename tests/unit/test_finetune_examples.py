@@ -95,6 +95,9 @@ def test_broken_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 0}\n{"text": \n')
     with pytest.raises(DataError, match=r"a.jsonl:2: not JSON"):
         read_labelled(data(train_files=[str(tmp_path / "a.jsonl")]))
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "naïve", "label": 0}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.jsonl:1: not UTF-8 \(byte 0xef at position 13\): save the file as UTF-8"):
+        read_labelled(data(train_files=[str(tmp_path / "latin.jsonl")]))
     whole = gzip.compress(b'{"text": "x", "label": 0}\n' * 1000)
     (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"b.jsonl.gz: the gzip data is cut off"):
@@ -102,6 +105,13 @@ def test_broken_files(tmp_path):
     (tmp_path / "c.txt").write_text("x")
     with pytest.raises(DataError, match=r"c.txt holds no records: the ending must be one of"):
         read_labelled(data(train_files=[str(tmp_path / "c.txt")]))
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_no_damage(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"text": "naïve", "label": 0}\r\n{"text": "b", "label": 1}\r\n'.encode())
+    found = read_labelled(data(train_files=[str(path)], validation_files=[str(path)]))
+    assert found.train.texts == ["naïve", "b"]
 
 
 def test_the_split_goes_by_content_and_loses_nothing(tmp_path):
@@ -237,6 +247,13 @@ def test_templates_that_cannot_be_used(tmp_path):
     record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.raises(DataError, match=r"writes what came before an answer in another way"):
         conversation_of(record, "here", data(train_files=["x"]), tokenizer)
+    tokenizer.chat_template = "the same words always"
+    with pytest.raises(DataError, match=r"here: the chat template writes nothing of what the assistant says"):
+        conversation_of(record, "here", data(train_files=["x"]), tokenizer)
+    # An answer without words is not the template's doing.
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    record["messages"][1]["content"] = ""
+    assert not conversation_of(record, "here", data(train_files=["x"]), tokenizer).is_answer.any()
 
 
 def conversations(lengths):

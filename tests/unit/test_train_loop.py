@@ -144,6 +144,18 @@ def test_too_many_such_steps_in_a_row_stop_the_run(tmp_path):
         )
 
 
+def test_a_run_without_one_good_step_fails_however_short_it_is(tmp_path):
+    batches = [[batch(i, poison="nan")] for i in range(2)]
+    with pytest.raises(TrainingError, match=r"step 2: 2 steps in a row.*max_skipped_steps = 3"):
+        fit(
+            make_run(tmp_path, batches, max_steps=2),
+            TrainState(),
+            evaluate=dict,
+            save=lambda _: None,
+            save_final=lambda: pytest.fail("a run that learnt nothing has no final weights"),
+        )
+
+
 def test_a_good_step_between_bad_ones_starts_the_count_anew(tmp_path):
     pattern = [1, "nan", "nan", 1, "nan", "nan", 1]
     state = TrainState()
