@@ -186,7 +186,7 @@ def loaded_classifier(kind: Any, place: Place, folder: Path | None, **options: A
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     wrong = backbone_names(model, {*info["missing_keys"], *mismatched})
     if wrong:
-        raise LostError(f"source = {place.name}: its weights lack {some_of(wrong)}, or have another shape: not complete")
+        raise LostError(f"source = {place.name}: {some_of(wrong)}: lacking or of another shape: it is not complete")
     refuse_not_finite(model, place)
     return model
 

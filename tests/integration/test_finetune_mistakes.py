@@ -50,7 +50,7 @@ def save_dense(folder, **changes):
         ("dense", ["method=lost_adapter", "method.rank=25"], "method.rank = 25 is above the smaller width"),
         ("small_vocabulary", [], "but the model's vocabulary ends at 79"),
         ("half", [], "has no weights (model.safetensors)"),
-        ("torn", [], "its weights lack model.layers.1.mlp.up_proj.weight"),
+        ("torn", [], "model.layers.1.mlp.up_proj.weight: lacking"),
         ("nowhere/at/all", [], "does not exist"),
     ],
 )

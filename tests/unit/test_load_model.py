@@ -220,7 +220,7 @@ DAMAGES = {
     "garbled tokenizer": (garbled("tokenizer.json"), "tokenizer in .* cannot be loaded"),
     "encoder and decoder": (with_config(T5Config()), "is a t5 model, which is not a causal language model"),
     "unknown type": (unknown_model_type, "names no model"),
-    "other shapes": (wider_model, r"mlp.down_proj.weight is \[\d+, \d+\] instead of .* and 3 more: its config.json is not"),
+    "other shapes": (wider_model, r"down_proj.weight is \[\d+, \d+\] instead of .* and 3 more: its config"),
     "missing layers": (more_layers, "weights lack .*layers.2.*and 6 more"),
     "other tensors": (with_config(BertConfig(is_decoder=True)), "weights"),
 }
