@@ -109,8 +109,8 @@ def load_with_adapter(
     facts = read_adapter_facts(place.folder)
     if facts.task == "classification":
         raise LostError(
-            f"source = {place.name} is the adapter of a classifier, not of a language model: load it in Python by"
-            " lost.finetune.adapter_folder.load_adapted(folder)"
+            f"source = {place.name} is the adapter of a classifier, not of a language model: measure it by `lost"
+            " evaluate labelled.files=[...]`, load it in Python by lost.finetune.adapter_folder.load_adapted(folder)"
         )
     base = load_model(base_of(place.folder, facts), "cpu", dtype).model
     model, left = merged(add_stored_adapter(base, place.folder))
@@ -177,8 +177,8 @@ def load_export(place: Place, dtype: torch.dtype | None) -> PreTrainedModel:
     config = read_config(place)
     if is_classifier_config(config):
         raise LostError(
-            f"source = {place.name} is a text classifier, not a language model: `lost finetune task=classification` and"
-            " `lost export` take it, and transformers' pipeline uses it"
+            f"source = {place.name} is a text classifier, not a language model: `lost finetune task=classification`,"
+            " `lost export` and `lost evaluate labelled.files=[...]` take it, and transformers' pipeline uses it"
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise LostError(

@@ -52,6 +52,8 @@ def title_of(results: list[ModelResult], config: EvaluateConfig) -> str:
         parts.append(f"data={data['name']}, {windows if config.stride else rows}")
     if config.tasks:
         parts.append(f"tasks={', '.join(config.tasks)}")
+    if config.labelled.files:
+        parts.append(f"labelled texts of {', '.join(config.labelled.files)}")
     names = "\n".join(f"{index + 1}: {result.origin}" for index, result in enumerate(results))
     return f"{names if len(results) > 1 else results[0].origin} on {'; '.join(parts)}"
 
@@ -72,7 +74,7 @@ def lines_of(results: list[ModelResult], config: EvaluateConfig) -> Iterator[Lin
             for model, result in enumerate(results):
                 other = result.tasks[name].measures[measure]
                 difference = measure_difference(other, task.measures[measure])[0] if model else None
-                what = f"{name} ({result.tasks[name].num_fewshot}-shot)"
+                what = name if task.num_fewshot is None else f"{name} ({task.num_fewshot}-shot)"
                 value = Estimate(other.value, other.standard_error)
                 yield what, measure, model, result.tasks[name].num_documents, value, difference
 
@@ -123,7 +125,7 @@ def notes_of(results: list[ModelResult], config: EvaluateConfig) -> Iterator[str
             yield f"{name}: {found.result.lineage_note}."
     if len(results) == 1:
         return
-    yield "Differences are of losses and of tasks' measures, paired row by row and question by question."
+    yield "Differences are of means, paired row by row, question by question, text by text."
     for index, result in enumerate(results[1:], start=2):
         others = [name for name, found in result.sets.items() if found.tokens_id != results[0].sets[name].tokens_id]
         if others:

@@ -1,4 +1,7 @@
-"""`lost evaluate`: perplexity on the validation sets of a data section and tasks of lm-eval, for some models."""
+"""`lost evaluate`: models side by side, by perplexity on the validation sets of a data section, tasks of lm-eval, or
+labelled texts."""
+
+import dataclasses
 
 from lost.assemble.evaluate import ModelResult, evaluate_model
 from lost.assemble.report import as_json, print_results
@@ -8,22 +11,28 @@ from lost.config.runtime import RuntimeConfig
 from lost.config.section import to_dict
 from lost.config.use import EvaluateConfig
 from lost.evaluation.tasks import Tasks
+from lost.finetune.evaluate import evaluate_classifier
 from lost.train.runtime import start_runtime
 from lost.utils.errors import ConfigError
 from lost.utils.logging import setup
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluates every model, prints a table and writes JSON to `to`. Perplexity works under torchrun."""
+    """Evaluates every model, prints a table and writes JSON to `to`. Perplexity and labels work under torchrun."""
     runtime = start_runtime(RuntimeConfig(**to_dict(config.runtime)))
     setup(runtime.is_main)
     target = target_file(config.to, "JSON file")
     if config.tasks and runtime.num_processes > 1:
         raise ConfigError("tasks with several processes: lm-eval runs in one; start `lost evaluate` without torchrun")
     tasks = tasks_of(config)
+    if config.labelled.files:
+        config = dataclasses.replace(config, perplexity=False)
     results: list[ModelResult] = []
     for source in [config.source, *config.compare_with]:
-        results.append(evaluate_model(source, config, runtime, tasks))
+        if config.labelled.files:
+            results.append(evaluate_classifier(source, config, runtime))
+        else:
+            results.append(evaluate_model(source, config, runtime, tasks))
     if runtime.is_main:
         print_results(results, config)
         if target:

@@ -29,12 +29,19 @@ def run_defaults(command: str, overrides: list[str]) -> dict[str, Any]:
     try:
         config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
         if "method" in config:
-            # Of fine-tuning, whose data are examples.
-            return {}
+            return of_classifier(config) if command == "evaluate" and config["task"] == "classification" else {}
         return {"data": config["data"], "seq_len": config["train"]["seq_len"]}
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         # Loading the model says what is wrong with the run; its data is then for the command line to name.
         return {}
+
+
+def of_classifier(config: dict[str, Any]) -> dict[str, Any]:
+    """The run's test files, else its validation files, and how they are read."""
+    data = config["data"]
+    fields = {key: data[key] for key in ("text_field", "pair_field", "label_field")}
+    files = data["test_files"] or data["validation_files"]
+    return {"labelled": {"files": files, **fields}, "seq_len": config["train"]["seq_len"]}
 
 
 def config_file_of(source: Path) -> Path | None:

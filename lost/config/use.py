@@ -19,6 +19,20 @@ def default_of(section: Section, name: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledConfig(Section):
+    """Labelled texts for classifiers."""
+
+    files: list[str] = setting(
+        "labelled .jsonl, .jsonl.gz or .parquet files or glob patterns that classifiers are measured on, in place of"
+        " perplexity and tasks; unless said, the test (else validation) files of the run that `source` is or is of",
+        [],
+    )
+    text_field: str = setting("field that holds the text; unless said, the run's", "text")
+    pair_field: str = setting("field of a second text; empty: there is none; unless said, the run's", "")
+    label_field: str = setting("field of the label; unless said, the run's", "label")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Section):
     """Everything of `lost evaluate`."""
 
@@ -39,6 +53,7 @@ class EvaluateConfig(Section):
     num_fewshot: int = setting("examples in front of every question of a task; -1: as the task says", -1, at_least=-1)
     limit: int = setting("questions of each task; 0: all", 0, at_least=0)
     apply_chat_template: bool = setting("put the questions of tasks into the tokenizer's chat template", False)
+    labelled: LabelledConfig = setting("what classifiers are measured on")
     evaluation: EvaluationConfig = setting("how much")
     runtime: DeviceConfig = setting("device and precision")
     to: str = setting("JSON file of the result; empty: print only", "")
@@ -49,6 +64,7 @@ class EvaluateConfig(Section):
             ("stride", self._stride_problems),
             ("stride", self._row_maker_problems),
             ("perplexity", self._nothing_problems),
+            ("tasks", self._labelled_problems),
             *[(name, partial(self._task_problems, name)) for name in task_keys],
         ]
 
@@ -67,7 +83,27 @@ class EvaluateConfig(Section):
         return []
 
     def _nothing_problems(self) -> list[str]:
-        return [] if self.perplexity or self.tasks else ["perplexity = false without tasks: nothing to do; name tasks"]
+        if self.perplexity or self.tasks or self.labelled.files:
+            return []
+        return ["perplexity = false without tasks: nothing to do; name tasks, or for classifiers labelled.files"]
+
+    def _labelled_problems(self) -> list[str]:
+        labelled, problems = self.labelled, []
+        if labelled.files and self.tasks:
+            problems = ["tasks with labelled.files: language models answer tasks, classifiers label texts; name one"]
+        unused = {"stride": self.stride, "evaluation.max_tokens": self.evaluation.max_tokens} if labelled.files else {}
+        problems += [
+            f"{key} = {value} with labelled.files: only perplexity uses it; leave it out"
+            for key, value in unused.items()
+            if value
+        ]
+        fields = [] if labelled.files else ["text_field", "pair_field", "label_field"]
+        problems += [
+            f"labelled.{key} = {getattr(labelled, key)} without labelled.files: name the files"
+            for key in fields
+            if getattr(labelled, key) != default_of(labelled, key)
+        ]
+        return problems
 
     def _task_problems(self, name: str) -> list[str]:
         value = getattr(self, name)

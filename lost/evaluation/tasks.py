@@ -43,9 +43,13 @@ class Measure:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task found: its measures by name (and filter, where the task has some)."""
+    """What a task found: its measures by name (and filter, where the task has some).
 
-    num_fewshot: int
+    Attributes:
+        num_fewshot: None: no task of lm-eval but labelled texts.
+    """
+
+    num_fewshot: int | None
     num_documents: int
     measures: dict[str, Measure]
 

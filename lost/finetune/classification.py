@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lost.assemble.validation import EvaluationLine
@@ -21,6 +22,7 @@ from lost.finetune.metrics import classification_metrics, regression_metrics
 from lost.finetune.rows import LabelledRows, is_whole, read_facts, write_facts
 from lost.finetune.tokens import PairEncoder, fingerprint_of, pad_id_of
 from lost.train.objective import Classification, Regression
+from lost.train.runtime import Runtime
 from lost.train.trainer import Run
 from lost.utils.errors import DataError
 from lost.utils.files import cache_folder
@@ -69,36 +71,44 @@ def prepare_labelled(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase)
     made_once(folder, is_whole, lambda target: write_rows(target, read_labelled(data), tokenizer, seq_len))
     facts = read_facts(folder)
     for name, counts in facts["sets"].items():
-        if counts["cut"]:
-            log.warning(
-                "%s: %d of %d texts were longer than train.seq_len = %d and cut",
-                *(name, counts["cut"], counts["rows"], seq_len),
-            )
+        warn_of_cuts(name, counts, "train.seq_len", seq_len)
     rows = {name: LabelledRows(folder, name, facts, pad_id_of(tokenizer)) for name in facts["sets"]}
     validation = {name: rows[name] for name in facts["validation"]}
     test = {name: rows[name] for name in facts["test"]}
     return LabelledData(rows["train"], validation, test, facts["label_names"], facts["largest_id"], key)
 
 
+def warn_of_cuts(name: str, counts: dict[str, int], key: str, seq_len: int) -> None:
+    if counts["cut"]:
+        numbers = (counts["cut"], counts["rows"])
+        log.warning("%s: %d of %d texts were longer than %s = %d and cut", name, *numbers, key, seq_len)
+
+
 def write_rows(folder: Path, sets: LabelledSets, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
     """Tokenises every set into `folder`."""
-    encoder = PairEncoder(tokenizer, seq_len)
     label_dtype = np.int64 if sets.label_names else np.float32
     counts, largest = {}, 0
     for name, examples in sets.all().items():
-        num_cut = encoder.num_cut
-        ids, types = encode_all(encoder, examples)
-        refuse_empty(ids, examples)
-        ends = np.cumsum([len(row) for row in ids], dtype=np.int64)
-        np.save(folder / f"{name}_tokens.npy", np.concatenate(ids))
-        np.save(folder / f"{name}_ends.npy", ends)
-        np.save(folder / f"{name}_labels.npy", np.array(examples.labels, dtype=label_dtype))
-        if types:
-            np.save(folder / f"{name}_types.npy", np.concatenate(types))
-        largest = max(largest, *(int(row.max()) for row in ids))
-        counts[name] = {"rows": len(ids), "tokens": int(ends[-1]), "cut": encoder.num_cut - num_cut}
+        counts[name], largest_here = write_set(folder, name, examples, PairEncoder(tokenizer, seq_len), label_dtype)
+        largest = max(largest, largest_here)
     facts = {"sets": counts, "validation": list(sets.validation), "test": list(sets.test), "seq_len": seq_len}
     write_facts(folder, facts | {"label_names": sets.label_names, "largest_id": largest})
+
+
+def write_set(
+    folder: Path, name: str, examples: Examples, encoder: PairEncoder, label_dtype: Any
+) -> tuple[dict[str, int], int]:
+    """Tokenises one set into `folder`; (its counts, its largest id)."""
+    ids, types = encode_all(encoder, examples)
+    refuse_empty(ids, examples)
+    ends = np.cumsum([len(row) for row in ids], dtype=np.int64)
+    np.save(folder / f"{name}_tokens.npy", np.concatenate(ids))
+    np.save(folder / f"{name}_ends.npy", ends)
+    np.save(folder / f"{name}_labels.npy", np.array(examples.labels, dtype=label_dtype))
+    if types:
+        np.save(folder / f"{name}_types.npy", np.concatenate(types))
+    counts = {"rows": len(ids), "tokens": int(ends[-1]), "cut": encoder.num_cut}
+    return counts, max(int(row.max()) for row in ids)
 
 
 def encode_all(encoder: PairEncoder, examples: Examples) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -130,7 +140,8 @@ def main_metric(config: FinetuneConfig) -> str:
 def evaluate_labelled(run: Run, data: LabelledData, micro_batch_size: int) -> EvaluationLine:
     """The eval/ fields: those of the first validation set, with several sets also eval/<set>/ of each."""
     results = {
-        name: metrics_of(predict(run, rows, micro_batch_size), rows, data) for name, rows in data.validation.items()
+        name: metrics_of(predict(run.engine.model, run.runtime, rows, micro_batch_size), rows, data)
+        for name, rows in data.validation.items()
     }
     line: EvaluationLine = {f"eval/{key}": value for key, value in next(iter(results.values())).items()}
     if len(results) > 1:
@@ -148,16 +159,15 @@ def metrics_of(logits: torch.Tensor, rows: LabelledRows, data: LabelledData) -> 
     return count | classification_metrics(logits.argmax(1).numpy(), labels.numpy(), len(data.label_names))
 
 
-def predict(run: Run, rows: LabelledRows, micro_batch_size: int) -> torch.Tensor:
+def predict(model: nn.Module, runtime: Runtime, rows: LabelledRows, micro_batch_size: int) -> torch.Tensor:
     """Logits of every row in order, float32 [N, C] on the CPU of every process; the work is split over them."""
-    runtime = run.runtime
     starts = range(0, len(rows), micro_batch_size)
     num_rounds = math.ceil(len(starts) / runtime.num_processes)
     parts: list[torch.Tensor] = []
     # Compiled blocks would be compiled again for every length.
     with (
         torch.compiler.set_stance("force_eager"),
-        evaluation_mode(run.engine.model),
+        evaluation_mode(model),
         autocast_to(runtime.device, runtime.autocast_dtype),
     ):
         for turn in range(num_rounds):
@@ -165,7 +175,7 @@ def predict(run: Run, rows: LabelledRows, micro_batch_size: int) -> torch.Tensor
             mine = starts[min(turn * runtime.num_processes + runtime.process_index, len(starts) - 1)]
             batch = rows.read(range(mine, min(mine + micro_batch_size, len(rows))))
             inputs = {key: value.to(runtime.device) for key, value in batch.items() if key != "labels"}
-            logits = run.engine.model(**inputs).logits.float()
+            logits = model(**inputs).logits.float()
             padded = logits.new_zeros(micro_batch_size, logits.shape[1])
             padded[: len(logits)] = logits
             parts.append(padded)

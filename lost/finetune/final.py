@@ -78,7 +78,7 @@ def measured(run: Run, config: FinetuneConfig, labelled: LabelledData) -> dict[s
     """Metrics of every test set; predictions of test and validation sets go to predictions/<set>.jsonl."""
     results = {}
     for name, rows in {**labelled.validation, **labelled.test}.items():
-        logits = predict(run, rows, config.evaluation.micro_batch_size)
+        logits = predict(run.engine.model, run.runtime, rows, config.evaluation.micro_batch_size)
         if name in labelled.test:
             results[name] = metrics_of(logits, rows, labelled)
         if run.runtime.is_main:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lost.config.finetune import FinetuneDataConfig
+from lost.config.use import LabelledConfig
 from lost.finetune.records import Record, field_of, files_of, hash_of_files, is_held_out, read_records, text_of
 from lost.utils.errors import DataError
 from lost.utils.hub import is_hub_id, may_be_cached, require_hub
@@ -90,6 +91,21 @@ def read_labelled(data: FinetuneDataConfig) -> LabelledSets:
     return sets
 
 
+def read_examples(labelled: LabelledConfig, label_names: list[str]) -> Examples:
+    """Examples for a classifier that is there already, labels as its numbers.
+
+    Args:
+        label_names: of the classifier's label 0, 1, ...
+    Raises:
+        DataError: what cannot be read, or a label that the classifier does not have; names file and line.
+    """
+    examples = Examples()
+    for place, record in read_records(files_of(labelled.files, "labelled.files"), "labelled.files"):
+        _add(examples, place, record, labelled, "labelled")
+    _number_labels(examples, label_names, of_classifier=True)
+    return examples
+
+
 def identity_of(data: FinetuneDataConfig) -> dict[str, Any]:
     """What decides the examples: contents of files and the settings that pick from them."""
     if data.glue:
@@ -130,11 +146,13 @@ def _examples(data: FinetuneDataConfig, key: str) -> Examples:
     return examples
 
 
-def _add(examples: Examples, place: str, record: Record, data: FinetuneDataConfig) -> None:
-    texts = [text_of(record, data.text_field, "data.text_field", place)]
+def _add(
+    examples: Examples, place: str, record: Record, data: FinetuneDataConfig | LabelledConfig, section: str = "data"
+) -> None:
+    texts = [text_of(record, data.text_field, f"{section}.text_field", place)]
     if data.pair_field:
-        texts.append(text_of(record, data.pair_field, "data.pair_field", place))
-    label = field_of(record, data.label_field, "data.label_field", place)
+        texts.append(text_of(record, data.pair_field, f"{section}.pair_field", place))
+    label = field_of(record, data.label_field, f"{section}.label_field", place)
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise DataError(f"{place}: label {label!r} in '{data.label_field}': must be a whole number or a word")
     examples.add(place, texts, label)
@@ -170,9 +188,11 @@ def _label_names(train: Examples, num_labels: int) -> list[str]:
     return names
 
 
-def _number_labels(examples: Examples, names: list[str]) -> None:
+def _number_labels(examples: Examples, names: list[str], *, of_classifier: bool = False) -> None:
     """Turns labels into numbers, in place.
 
+    Args:
+        of_classifier: the names are those of a classifier that is there already, not of the training examples.
     Raises:
         DataError: a label that is not among the names; names the line.
     """
@@ -183,8 +203,10 @@ def _number_labels(examples: Examples, names: list[str]) -> None:
                 known = f"is outside the range: labels are 0 to {len(names) - 1}"
                 fix = "set data.num_labels where the training examples do not have every label"
             else:
-                known = f"is not among those of the training examples: {', '.join(names[:10])}"
+                whose = "the classifier" if of_classifier else "the training examples"
+                known = f"is not among those of {whose}: {', '.join(names[:10])}"
                 fix = "give an example of it to train on"
+            fix = "leave the record out" if of_classifier else fix
             raise DataError(f"{place}: label {label} {known}. Mend the label, or {fix}")
         examples.labels[index] = numbers[str(label)]
 

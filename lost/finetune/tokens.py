@@ -75,12 +75,13 @@ class PairEncoder:
     both what stands around a single text.
 
     Attributes:
+        seq_len: longest result.
         num_cut: texts so far that lost their end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int):
         self._tokenizer = tokenizer
-        self._seq_len = seq_len
+        self.seq_len = seq_len
         extra = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
         self._has_own_pairs = extra[1] > extra[0]
         self.num_cut = 0
@@ -90,14 +91,14 @@ class PairEncoder:
         """(ids, token types) of each text; token types are empty where the model takes none."""
         if pairs and not self._has_own_pairs:
             return self._joined(texts, pairs), []
-        encoded = self._tokenizer(texts, text_pair=pairs or None, truncation=True, max_length=self._seq_len)
+        encoded = self._tokenizer(texts, text_pair=pairs or None, truncation=True, max_length=self.seq_len)
         self.num_cut += sum(bool(one.overflowing) for one in encoded.encodings or [])
         return encoded["input_ids"], encoded["token_type_ids"] if self._has_types else []
 
     def _joined(self, texts: list[str], pairs: list[str]) -> list[list[int]]:
         separator = [self._tokenizer.eos_token_id] if isinstance(self._tokenizer.eos_token_id, int) else []
         before, after = around_single_text(self._tokenizer)
-        room = self._seq_len - len(before) - len(separator) - len(after)
+        room = self.seq_len - len(before) - len(separator) - len(after)
         first, second = (self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (texts, pairs))
         self.num_cut += sum(len(a) + len(b) > room for a, b in zip(first, second, strict=True))
         cuts = (shortened(a, b, room) for a, b in zip(first, second, strict=True))

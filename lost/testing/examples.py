@@ -5,9 +5,15 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+)
 
-from lost.testing.tiny import tiny_tokenizer
+from lost.testing.tiny import tiny_llama, tiny_tokenizer
 
 WORDS = {0: ["bad", "poor", "awful"], 1: ["good", "fine", "great"]}
 
@@ -54,6 +60,29 @@ def tiny_roberta(folder: Path) -> Path:
     RobertaForMaskedLM(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_classifier(folder: Path, family: str, names: list[str], seed: int = 0) -> PreTrainedModel:
+    """A folder with a classifier with random weights and a tokenizer; the model, in eval mode.
+
+    Args:
+        family: llama or roberta.
+        names: of its labels.
+    """
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    if family == "llama":
+        config = tiny_llama().config
+        config.update(labels | {"pad_token_id": tiny_tokenizer().pad_token_id})
+        model = LlamaForSequenceClassification(config)
+    else:
+        sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+        model = RobertaForSequenceClassification(RobertaConfig(vocab_size=258, pad_token_id=0, **sizes, **labels))
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, 0, 0.3)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model.eval()
 
 
 def finetune_run(run_dir: Path, source: Path, examples: Path, *overrides: str) -> list[str]:

@@ -8,12 +8,11 @@ import stat
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from lost.config.compose import compose
 from lost.finetune.adapter_folder import load_adapted
 from lost.finetune.start import Head, starting_model
-from lost.testing.examples import finetune_run, write_conversations, write_labelled
+from lost.testing.examples import finetune_run, save_classifier, write_conversations, write_labelled
 from lost.testing.runs import lost_here, read_metrics
 from lost.testing.tiny import tiny_llama, tiny_tokenizer
 from lost.utils.errors import LostError
@@ -38,20 +37,6 @@ def said(capsys):
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return " ".join((out + err).split())
-
-
-def save_classifier(folder, family, names):
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    if family == "llama":
-        model = LlamaForSequenceClassification(tiny_llama().config.__class__(**tiny_llama().config.to_dict() | labels))
-    else:
-        sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
-        model = RobertaForSequenceClassification(RobertaConfig(vocab_size=258, pad_token_id=0, **sizes, **labels))
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, 0, 0.3)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return model.eval()
 
 
 def started(folder, *names):

@@ -1,0 +1,167 @@
+"""`lost evaluate` of classifiers on labelled texts: against one text at a time in float64, runs, mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lost.testing.examples import finetune_run, save_classifier, tiny_roberta, write_labelled
+from lost.testing.runs import lost_here, succeed, tiny_run, write_corpus
+from lost.testing.tiny import tiny_llama, tiny_tokenizer
+
+NAMES = ["pos", "neutral", "neg"]
+TEXTS = [
+    text * (1 + number % 3) for number, text in enumerate(["fine ", "a bad thing", "x", "so so", "poor!", "what ?"] * 4)
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifiers")
+    tiny_llama().save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    for name, count, seed in (("train", 60, 0), ("validation", 21, 1), ("test", 37, 2)):
+        write_labelled(folder / f"{name}.jsonl", count, seed)
+    return folder
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def evaluated(place, *words):
+    """The JSON of `lost evaluate`."""
+    assert lost_here("evaluate", *words, f"to={place / 'result.json'}") == 0
+    return json.loads((place / "result.json").read_text())
+
+
+def measures(entry):
+    return entry["tasks"]["labelled texts"]["measures"]
+
+
+def one_by_one(model, texts):
+    """Logits float64 [N, C], each text alone and unpadded."""
+    tokenizer, model = tiny_tokenizer(), model.double()
+    with torch.no_grad():
+        rows = [model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0] for text in texts]
+    return torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_numbers_and_errors_are_those_of_each_text_alone(tmp_path, family, capsys):
+    labels = [NAMES[number * number % 5 % 3] for number in range(len(TEXTS))]
+    file = write(tmp_path / "t.jsonl", [{"s": text, "l": label} for text, label in zip(TEXTS, labels, strict=True)])
+    numbers = np.array([NAMES.index(label) for label in labels])
+    expected = {}
+    for seed, name in enumerate(("a", "b")):
+        logits = one_by_one(save_classifier(tmp_path / name, family, NAMES, seed), TEXTS)
+        shifted = logits - logits.max(1, keepdims=True)
+        losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(TEXTS)), numbers]
+        expected[name] = {"loss": losses, "accuracy": (logits.argmax(1) == numbers).astype(float)}
+    # Else a mistake in the pairing would not show.
+    assert expected["a"]["accuracy"].tolist() != expected["b"]["accuracy"].tolist()
+    found = evaluated(
+        tmp_path,
+        f"source={tmp_path / 'a'}",
+        f"compare_with=[{tmp_path / 'b'}]",
+        f"labelled.files=[{file}]",
+        "labelled.text_field=s",
+        "labelled.label_field=l",
+        "evaluation.micro_batch_size=7",
+    )
+    for entry, name in ((found, "a"), (found["compared"][0], "b")):
+        for measure in ("loss", "accuracy"):
+            scores, base = expected[name][measure], expected["a"][measure]
+            value = measures(entry)[measure]
+            assert value["value"] == pytest.approx(scores.mean(), rel=1e-4)
+            assert value["standard_error"] == pytest.approx(scores.std(ddof=1) / len(TEXTS) ** 0.5, rel=1e-3)
+            if name == "b":
+                difference = scores - base
+                assert value["difference"]["value"] == pytest.approx(difference.mean(), abs=1e-4)
+                assert value["difference"]["standard_error"] == pytest.approx(
+                    difference.std(ddof=1) / len(TEXTS) ** 0.5, rel=1e-3
+                )
+    assert measures(found)["matthews"]["standard_error"] is None
+    table = capsys.readouterr().out
+    assert "labelled texts" in table
+    assert "shot" not in table
+
+
+@pytest.mark.parametrize("method", ["full", "lost_adapter"])
+def test_a_run_is_measured_on_its_own_test_files_as_it_was_at_its_end(place, method):
+    run = place / method
+    files = [f"data.validation_files=[{place / 'validation.jsonl'}]", f"data.test_files=[{place / 'test.jsonl'}]"]
+    more = [f"method={method}", *files, "train.seq_len=9"]
+    assert lost_here(*finetune_run(run, place / "dense", place / "train.jsonl", *more)) == 0
+    expected = json.loads((run / "result.json").read_text())["test"]["test"]
+    assert expected.pop("examples") == 37
+    # As a run, as its final/, and in two processes, of which one has no text left in the last round.
+    for source in (run, run / "final"):
+        found = measures(evaluated(place, f"source={source}"))
+        assert {key: value["value"] for key, value in found.items()} == pytest.approx(expected, rel=1e-5)
+    to = place / "two.json"
+    succeed("evaluate", f"source={run}", f"to={to}", num_processes=2)
+    found = measures(json.loads(to.read_text()))
+    assert {key: value["value"] for key, value in found.items()} == pytest.approx(expected, rel=1e-5)
+    # The test is one that can fail: other texts, other numbers; and the classifier has learnt its two words.
+    other = measures(evaluated(place, f"source={run}", f"labelled.files=[{place / 'validation.jsonl'}]"))
+    assert other["loss"]["value"] != pytest.approx(expected["loss"], rel=1e-3)
+
+
+def test_texts_that_are_cut_are_counted(tmp_path, capsys):
+    save_classifier(tmp_path / "c", "llama", ["0", "1"])
+    file = write(tmp_path / "t.jsonl", [{"text": "x" * 50, "label": 0}, {"text": "y", "label": 1}])
+    evaluated(tmp_path, f"source={tmp_path / 'c'}", f"labelled.files=[{file}]", "seq_len=8")
+    assert "1 of 2 texts were longer than seq_len = 8 and cut" in " ".join(capsys.readouterr().err.split())
+
+
+MISTAKES = {
+    "a language model": ("dense", {"text": "x", "label": 0}, [], "is no text classifier: make one by `lost finetune"),
+    "an encoder": ("encoder", {"text": "x", "label": 0}, [], "is no text classifier"),
+    "a run": ("pretrained", {"text": "x", "label": 0}, [], "is no text classifier"),
+    "an unfinished run": ("unfinished", {"text": "x", "label": 0}, [], "checkpoint of `lost finetune`"),
+    "a number for each text": ("regression", {"text": "x", "label": 0}, [], "gives a number, not a label"),
+    "another word": ("words", {"text": "x", "label": "bad"}, [], "t.jsonl:1: label bad is not among those of the cl"),
+    "a number too high": ("numbers", {"text": "x", "label": 3}, [], "label 3 is outside the range: labels are 0 to 2"),
+    "another field": ("words", {"s": "x", "label": "pos"}, [], "it has s, label: set labelled.text_field"),
+    "no text": ("words", {"text": "", "label": "pos"}, [], "t.jsonl:1: the text is empty"),
+    "tasks too": ("words", {"text": "x", "label": "pos"}, ["tasks=[arc]"], "classifiers label texts; name one"),
+    "a stride": ("words", {"text": "x", "label": "pos"}, ["stride=8"], "stride = 8 with labelled.files: only"),
+    "some tokens": ("words", {"text": "x", "label": "pos"}, ["evaluation.max_tokens=9"], "max_tokens = 9 with"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_message(place, tmp_path, capsys, name):
+    source, record, more, message = MISTAKES[name]
+    folder = tmp_path / source
+    if source == "dense":
+        folder = place / "dense"
+    elif source == "encoder":
+        tiny_roberta(folder)
+    elif source == "pretrained":
+        assert lost_here(*tiny_run(folder, write_corpus(tmp_path), "train.max_steps=1")) == 0
+    elif source == "unfinished":
+        assert lost_here(*finetune_run(folder, place / "dense", place / "train.jsonl", "train.max_steps=4")) == 0
+        (folder / "status.json").write_text('{"state": "failed", "step": 4}')
+    else:
+        names = {"regression": ["LABEL_0"], "words": NAMES, "numbers": ["LABEL_0", "LABEL_1", "LABEL_2"]}
+        save_classifier(folder, "llama", names[source])
+    capsys.readouterr()
+    file = write(tmp_path / "t.jsonl", [record])
+    to = tmp_path / "result.json"
+    assert lost_here("evaluate", f"source={folder}", f"labelled.files=[{file}]", f"to={to}", *more) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error
+    assert not to.exists()
+
+
+def test_a_classifier_without_labelled_texts_says_what_to_give(tmp_path, capsys):
+    save_classifier(tmp_path / "c", "llama", NAMES)
+    assert lost_here("evaluate", f"source={tmp_path / 'c'}") == 2
+    assert "lost evaluate labelled.files=[...]" in " ".join(capsys.readouterr().err.split())
+    assert lost_here("evaluate", f"source={tmp_path / 'c'}", "labelled.text_field=s") == 2
+    assert "labelled.text_field = s without labelled.files: name the files" in " ".join(capsys.readouterr().err.split())
