@@ -108,7 +108,7 @@ def measures(entry: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for name, values in entry.get("sets", {}).items()
     ]
     for name, task in entry.get("tasks", {}).items():
-        what = f"{name}, {task['num_documents']:,}"
+        what = f"{task['num_documents']:,} {name}"
         if task["num_fewshot"] is not None:
             what = f"{name}, {task['num_fewshot']}-shot, {task['num_documents']:,} questions"
         found += [(what, key, number(m["value"]), number(m["standard_error"])) for key, m in task["measures"].items()]

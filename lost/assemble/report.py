@@ -53,7 +53,7 @@ def title_of(results: list[ModelResult], config: EvaluateConfig) -> str:
     if config.tasks:
         parts.append(f"tasks={', '.join(config.tasks)}")
     if config.labelled.files:
-        parts.append(f"labelled texts of {', '.join(config.labelled.files)}")
+        parts.append(f"labelled.files={', '.join(config.labelled.files)}")
     names = "\n".join(f"{index + 1}: {result.origin}" for index, result in enumerate(results))
     return f"{names if len(results) > 1 else results[0].origin} on {'; '.join(parts)}"
 

@@ -61,7 +61,8 @@ def evaluate_classifier(source: str, config: EvaluateConfig, runtime: Runtime) -
             warn_of_cuts(source, counts, "seq_len", encoder.seq_len)
         logits = predict(model, runtime, rows, config.evaluation.micro_batch_size)
     result = TaskResult(None, len(examples.labels), measures_of(logits, torch.tensor(examples.labels)))
-    return ModelResult(source, loaded.origin, {}, {"labelled texts": result})
+    name = f"texts of {', '.join(Path(file).name for file in config.labelled.files)}"
+    return ModelResult(source, loaded.origin, {}, {name: result})
 
 
 def measures_of(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Measure]:
