@@ -1,13 +1,12 @@
-"""How many tokens does a dense model take to recover from its conversion to half its size, and LOST from scratch?
+"""How many tokens does a dense model take to recover from its conversion to LOST, and LOST from scratch to be as good?
 
-Converts a finished dense run at half its parameters, trains the result on the same text, and compares when its
-validation perplexity is within 5 % of the dense model's with when that of a LOST run from scratch is.
+Converts a finished dense run, trains the result on the same text, trains LOST from scratch, and compares when the
+validation perplexities are within 5 % of the dense model's. Twice: at llama_tiny's rank, and at half of all parameters.
 
-    python scripts/recover.py --dense runs/sentiment/pretrained_dense_0 --lost runs/sentiment/pretrained_lost_0 \\
-        --english english --out runs/recover
+    python scripts/recover.py --dense runs/sentiment/pretrained_dense_0 --english english --out runs/recover
 
-Both runs were trained on `english` ({train,validation}.jsonl.gz; scripts/sentiment.py makes them) and evaluated every
-few steps. Writes result.json and recover.png to --out. What is done already is not done again.
+`english` holds {train,validation}.jsonl.gz, on which the dense run was trained (scripts/sentiment.py makes it). Writes
+result.json and recover.png to --out. What is done already is not done again.
 """
 
 import argparse
@@ -19,7 +18,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 TOLERANCE = 1.05
-EVALUATE_EVERY = 20
+# name -> (settings of the conversion, steps of 1,024 tokens, rank of LOST from scratch with as many parameters)
+SIZES = {
+    "rank_64": (["lost_rank=64"], 2000, 64),
+    "half": (["parameters=0.5"], 4000, 26),
+}
+CALIBRATION = "calibration_tokens=100000"
+# Of 0.001 and 0.002 the better one for each, by runs that were tried (docs/results.md).
+LEARNING_RATES = {"converted": 1e-3, "from scratch": 2e-3}
 
 # tokens seen, perplexity
 Curve = list[tuple[int, float]]
@@ -27,19 +33,19 @@ Curve = list[tuple[int, float]]
 
 def main() -> None:
     arguments = parsed()
-    converted = arguments.out / "converted"
-    if not converted.exists():
-        lost("convert", f"source={arguments.dense}", f"to={converted}", "parameters=0.5", "perplexity=false")
-    recovered = arguments.out / "recovered"
-    lost("pretrain", "experiment=quickstart", f"source={converted}", f"run_dir={recovered}", *settings(arguments))
-    dense = curve_of(arguments.dense)[-1][1]
-    curves = {"converted": curve_of(recovered), "from scratch": curve_of(arguments.lost)}
-    result = {
-        "dense_perplexity": dense,
-        "target": TOLERANCE * dense,
-        "tokens_to_target": {name: first_within(curve, TOLERANCE * dense) for name, curve in curves.items()},
-        "curves": curves,
-    }
+    target = TOLERANCE * curve_of(arguments.dense)[-1][1]
+    curves = {}
+    for name, (conversion, steps, rank) in SIZES.items():
+        folder = arguments.out / name
+        if not (folder / "converted").exists():
+            to = f"to={folder / 'converted'}"
+            lost("convert", f"source={arguments.dense}", to, "perplexity=false", CALIBRATION, *conversion)
+        converted = [f"source={folder / 'converted'}", f"train.max_steps={steps // arguments.shorter}"]
+        curves[f"{name}, converted"] = trained(folder, "converted", 100, converted, arguments.english)
+        fresh = [f"parameterization.lost_rank={rank}", f"train.max_steps={5600 // arguments.shorter}"]
+        curves[f"{name}, from scratch"] = trained(folder, "from scratch", 200, fresh, arguments.english)
+    tokens = {name: first_within(curve, target) for name, curve in curves.items()}
+    result = {"target": target, "tokens_to_target": tokens, "curves": curves}
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, arguments.out / "recover.png")
     print(json.dumps(result, indent=1))
@@ -48,19 +54,22 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path, required=True, help="run directory of the dense model")
-    parser.add_argument("--lost", type=Path, required=True, help="run directory of LOST from scratch")
-    parser.add_argument("--english", type=Path, required=True, help="folder of the text that both were trained on")
+    parser.add_argument("--english", type=Path, required=True, help="folder of the text that it was trained on")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300, help="of 4,096 tokens")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--shorter", type=int, default=1, help="divides the steps of every run, for a first look")
     return parser.parse_args()
 
 
-def settings(arguments: argparse.Namespace) -> list[str]:
-    files = [f"data.{key}_files=[{arguments.english / key}.jsonl.gz]" for key in ("train", "validation")]
-    length = [f"train.max_steps={arguments.steps}", f"optimizer.learning_rate={arguments.learning_rate}"]
-    evaluation = [f"evaluation.every_steps={EVALUATE_EVERY}", "evaluation.max_tokens=50000"]
-    return ["data=text_files", *files, *length, *evaluation, "logging=none"]
+def trained(folder: Path, kind: str, evaluate_every: int, more: list[str], english: Path) -> Curve:
+    """The curve of one run, made if it is not there."""
+    run_dir = folder / f"trained_{kind.replace(' ', '_')}"
+    files = [f"data.{key}_files=[{english / key}.jsonl.gz]" for key in ("train", "validation")]
+    settings = ["experiment=quickstart", "data=text_files", *files, f"run_dir={run_dir}", "logging=none"]
+    settings += [f"optimizer.learning_rate={LEARNING_RATES[kind]}"]
+    settings += ["train.global_batch_size=4", "train.micro_batch_size=4"]
+    settings += [f"evaluation.every_steps={evaluate_every}", "evaluation.max_tokens=50000"]
+    lost("pretrain", *settings, *more)
+    return curve_of(run_dir)
 
 
 def lost(*words: str) -> None:
@@ -81,10 +90,12 @@ def first_within(curve: Curve, target: float) -> int | None:
 
 def draw(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
-    for name, curve in result["curves"].items():
-        axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=name)
+    for number, (name, curve) in enumerate(result["curves"].items()):
+        tokens, perplexities = zip(*curve, strict=True)
+        millions = [count / 1e6 for count in tokens]
+        axes.plot(millions, perplexities, color=f"C{number // 2}", linestyle=("-", ":")[number % 2], label=name)
     axes.axhline(result["target"], color="grey", linestyle="--", label="dense + 5 %")
-    axes.set(xlabel="tokens", ylabel="validation perplexity", yscale="log")
+    axes.set(xlabel="tokens, millions", ylabel="validation perplexity", yscale="log", ylim=(45, 300))
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
