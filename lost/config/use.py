@@ -97,12 +97,11 @@ class EvaluateConfig(Section):
             for key, value in unused.items()
             if value
         ]
-        fields = [] if labelled.files else ["text_field", "pair_field", "label_field"]
-        problems += [
-            f"labelled.{key} = {getattr(labelled, key)} without labelled.files: name the files"
-            for key in fields
-            if getattr(labelled, key) != default_of(labelled, key)
-        ]
+        keys = ["text_field", "pair_field", "label_field"]
+        given = [key for key in keys if getattr(labelled, key) != default_of(labelled, key)]
+        if given and not labelled.files:
+            value = f"labelled.{given[0]} = {getattr(labelled, given[0])}"
+            problems.append(f"{value}, and labelled.files is empty: name labelled texts to measure the classifier on")
         return problems
 
     def _task_problems(self, name: str) -> list[str]:

@@ -165,4 +165,6 @@ def test_a_classifier_without_labelled_texts_says_what_to_give(tmp_path, capsys)
     assert lost_here("evaluate", f"source={tmp_path / 'c'}") == 2
     assert "lost evaluate labelled.files=[...]" in " ".join(capsys.readouterr().err.split())
     assert lost_here("evaluate", f"source={tmp_path / 'c'}", "labelled.text_field=s") == 2
-    assert "labelled.text_field = s without labelled.files: name the files" in " ".join(capsys.readouterr().err.split())
+    assert "labelled.text_field = s, and labelled.files is empty: name labelled texts" in " ".join(
+        capsys.readouterr().err.split()
+    )
