@@ -72,7 +72,10 @@ def lines_of(results: list[ModelResult], config: EvaluateConfig) -> Iterator[Lin
     for name, task in first.tasks.items():
         for measure in task.measures:
             for model, result in enumerate(results):
-                other = result.tasks[name].measures[measure]
+                other = result.tasks[name].measures.get(measure)
+                if other is None:
+                    # F1 is one of two labels, and this classifier has more.
+                    continue
                 difference = measure_difference(other, task.measures[measure])[0] if model else None
                 what = name if task.num_fewshot is None else f"{name} ({task.num_fewshot}-shot)"
                 value = Estimate(other.value, other.standard_error)
@@ -152,7 +155,8 @@ def model_json(result: ModelResult, base: ModelResult, config: EvaluateConfig) -
                 if difference is not None:
                     sets[name] |= {f"{key}_difference": estimate_json(difference)}
         for name, found in result.tasks.items():
-            for measure, value in found.measures.items():
+            for measure in found.measures.keys() & base.tasks[name].measures.keys():
+                value = found.measures[measure]
                 difference, is_paired = measure_difference(value, base.tasks[name].measures[measure])
                 tasks[name]["measures"][measure]["difference"] = {**estimate_json(difference), "is_paired": is_paired}
     return {"source": result.source, "origin": result.origin, "sets": sets, "tasks": tasks}

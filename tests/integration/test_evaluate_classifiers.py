@@ -111,6 +111,21 @@ def test_a_run_is_measured_on_its_own_test_files_as_it_was_at_its_end(place, met
     assert other["loss"]["value"] != pytest.approx(expected["loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("order", [("two", "three"), ("three", "two")])
+def test_classifiers_with_other_numbers_of_labels_are_compared_by_what_both_have(tmp_path, capsys, order):
+    for name, count in (("two", 2), ("three", 3)):
+        save_classifier(tmp_path / name, "llama", [str(number) for number in range(count)])
+    file = write(tmp_path / "t.jsonl", [{"text": text, "label": len(text) % 2} for text in TEXTS])
+    first, second = (tmp_path / name for name in order)
+    found = evaluated(tmp_path, f"source={first}", f"compare_with=[{second}]", f"labelled.files=[{file}]")
+    by_name = dict(zip(order, (found, found["compared"][0]), strict=True))
+    assert set(measures(by_name["two"])) == {"loss", "accuracy", "matthews", "f1"}
+    assert set(measures(by_name["three"])) == {"loss", "accuracy", "matthews"}
+    with_difference = {name for name, value in measures(found["compared"][0]).items() if "difference" in value}
+    assert with_difference == {"loss", "accuracy", "matthews"}
+    assert capsys.readouterr().out.count(" f1 ") == (order[0] == "two")
+
+
 def test_texts_that_are_cut_are_counted(tmp_path, capsys):
     save_classifier(tmp_path / "c", "llama", ["0", "1"])
     file = write(tmp_path / "t.jsonl", [{"text": "x" * 50, "label": 0}, {"text": "y", "label": 1}])
