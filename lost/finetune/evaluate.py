@@ -48,9 +48,9 @@ def evaluate_classifier(source: str, config: EvaluateConfig, runtime: Runtime) -
     names = [model_config.id2label[number] for number in range(model_config.num_labels)]
     if len(names) < 2:
         raise ConfigError(f"labelled.files: source = {source} gives a number, not a label, for each text")
-    examples = read_examples(
-        config.labelled, [str(number) for number in range(len(names))] if are_numbered(names) else names
-    )
+    if are_numbered(names):
+        names = [str(number) for number in range(len(names))]
+    examples = read_examples(config.labelled, names)
     encoder = PairEncoder(tokenizer, min(config.seq_len, longest_input(model_config, tokenizer)))
     with tempfile.TemporaryDirectory(prefix="lost_labelled_") as folder:
         counts, largest = write_set(Path(folder), SET_NAME, examples, encoder, np.int64)
