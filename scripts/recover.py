@@ -27,6 +27,9 @@ CALIBRATION = "calibration_tokens=100000"
 # Of 0.001 and 0.002 the better one for each, by runs that were tried (docs/results.md).
 LEARNING_RATES = {"converted": 1e-3, "from scratch": 2e-3}
 
+# Perplexities on the axis of the picture.
+TICKS = (50, 60, 80, 100, 150, 200, 300)
+
 # tokens seen, perplexity
 Curve = list[tuple[int, float]]
 
@@ -96,6 +99,8 @@ def draw(result: dict, path: Path) -> None:
         axes.plot(millions, perplexities, color=f"C{number // 2}", linestyle=("-", ":")[number % 2], label=name)
     axes.axhline(result["target"], color="grey", linestyle="--", label="dense + 5 %")
     axes.set(xlabel="tokens, millions", ylabel="validation perplexity", yscale="log", ylim=(45, 300))
+    axes.set_yticks(TICKS, [str(tick) for tick in TICKS])
+    axes.minorticks_off()
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
