@@ -258,6 +258,9 @@ def model_and_info(kind: Any, place: Place, folder: Path | None, **options: Any)
     try:
         with quiet_libraries():
             return kind.from_pretrained(folder, output_loading_info=True, **options)
+    except CheckpointError as error:
+        # Of a LOST layer.
+        raise CheckpointError(f"source = {place.name}: {error}") from error
     except UNREADABLE as error:
         raise LostError(f"source = {place.name}: its weights cannot be loaded: {what_went_wrong(error)}") from error
 

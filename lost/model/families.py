@@ -161,13 +161,16 @@ def _is_loaded(layer: nn.Module) -> bool:
     """Whether from_pretrained has filled every tensor of a swapped layer.
 
     Raises:
-        CheckpointError: it has filled some of them; factors without their kept channels mean nothing.
+        CheckpointError: it has filled only some of them; factors without their kept channels mean nothing.
     """
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     loaded = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
     if loaded and loaded != set(tensors):
         missing = ", ".join(sorted(set(tensors) - loaded))
-        raise CheckpointError(f"a {type(layer).__name__} lacks {missing} in the checkpoint: it is not complete")
+        raise CheckpointError(
+            f"a {type(layer).__name__} lacks {missing} in the checkpoint, or has another shape there: it is not"
+            " complete, or its config.json is another model's"
+        )
     return bool(loaded)
 
 

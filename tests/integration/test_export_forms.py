@@ -270,7 +270,6 @@ def test_tampered_weights_of_a_self_contained_folder_are_seen(without_lost, tmp_
     save_file(weights | {name: weights[name][:, :1].contiguous()}, broken / "model.safetensors", {"format": "pt"})
     capsys.readouterr()
     assert lost_here("export", f"source={broken}", f"to={tmp_path / 'new'}") == 2
-    message = capsys.readouterr().err
-    assert "its weights cannot be loaded" in message
-    assert "size" in message
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"source = {broken}: a LostLinear lacks sparse_weight in the checkpoint, or has another shape" in message
     assert not (tmp_path / "new").exists()
