@@ -75,7 +75,10 @@ def evaluation_lines(files: list[str], loaded: Loaded) -> list[str]:
     for file in files:
         for entry in measures(read_result(file, loaded)):
             lines.append("| " + " | ".join(entry) + " |")
-    return [*lines, "", "Measured by `lost evaluate`; perplexity is exact: exp of the mean token loss."]
+    exact = (
+        "; perplexity is exact: exp of the mean token loss" if any("| perplexity |" in line for line in lines) else ""
+    )
+    return [*lines, "", f"Measured by `lost evaluate`{exact}."]
 
 
 def read_result(file: str, loaded: Loaded) -> dict[str, Any]:

@@ -40,6 +40,10 @@ def of_classifier(config: dict[str, Any]) -> dict[str, Any]:
     """The run's test files, else its validation files, and how they are read."""
     data = config["data"]
     fields = {key: data[key] for key in ("text_field", "pair_field", "label_field")}
+    if data["glue"]:
+        from lost.finetune.labelled import GLUE
+
+        fields |= dict(zip(("text_field", "pair_field"), GLUE[data["glue"]].columns, strict=False))
     files = data["test_files"] or data["validation_files"]
     return {"labelled": {"files": files, **fields}, "seq_len": config["train"]["seq_len"]}
 

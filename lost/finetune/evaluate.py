@@ -16,7 +16,7 @@ from lost.evaluation.tasks import Measure, TaskResult
 from lost.finetune.classification import predict, warn_of_cuts, write_set
 from lost.finetune.labelled import read_examples
 from lost.finetune.load import is_classifier, load_classifier
-from lost.finetune.metrics import classification_metrics
+from lost.finetune.metrics import classification_metrics, f1
 from lost.finetune.rows import LabelledRows
 from lost.finetune.start import are_numbered, set_padding
 from lost.finetune.tokens import PairEncoder, check_ids, longest_input, pad_id_of
@@ -46,8 +46,9 @@ def evaluate_classifier(source: str, config: EvaluateConfig, runtime: Runtime) -
     set_padding(model, tokenizer)
     model_config: Any = model.config
     names = [model_config.id2label[number] for number in range(model_config.num_labels)]
-    if len(names) < 2:
-        raise ConfigError(f"labelled.files: source = {source} gives a number, not a label, for each text")
+    if len(names) < 2 or model_config.problem_type == "multi_label_classification":
+        kind = "a number, not a label," if len(names) < 2 else "several labels, not one,"
+        raise ConfigError(f"labelled.files: source = {source} gives {kind} for each text, which is not measured")
     if are_numbered(names):
         names = [str(number) for number in range(len(names))]
     examples = read_examples(config.labelled, names)
@@ -60,19 +61,27 @@ def evaluate_classifier(source: str, config: EvaluateConfig, runtime: Runtime) -
         if runtime.is_main:
             warn_of_cuts(source, counts, "seq_len", encoder.seq_len)
         logits = predict(model, runtime, rows, config.evaluation.micro_batch_size)
-    result = TaskResult(None, len(examples.labels), measures_of(logits, torch.tensor(examples.labels)))
+    result = TaskResult(None, len(examples.labels), measures_of(logits, torch.tensor(examples.labels), names))
     name = f"texts of {', '.join(Path(file).name for file in config.labelled.files)}"
     return ModelResult(source, loaded.origin, {}, {name: result})
 
 
-def measures_of(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Measure]:
-    """Loss and metrics of logits float32 [N, C] and labels int64 [N]; those that are means have standard errors."""
+def measures_of(logits: torch.Tensor, labels: torch.Tensor, names: list[str]) -> dict[str, Measure]:
+    """Loss and metrics of logits float32 [N, C] and labels int64 [N]; those that are means have standard errors.
+
+    F1 is that of the last of two names in alphabetical order, whatever their order in the classifier.
+    """
     predicted = logits.argmax(1)
     losses = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     found = classification_metrics(predicted.numpy(), labels.numpy(), logits.shape[1])
     measures = {"loss": mean_of(losses, is_higher_better=False)}
     measures["accuracy"] = mean_of((predicted == labels).double(), is_higher_better=True)
-    return measures | {key: Measure(value, math.nan, True) for key, value in found.items() if key not in measures}
+    measures["matthews"] = Measure(found["matthews"], math.nan, True)
+    if len(names) == 2:
+        positive = names.index(max(names))
+        value = f1((predicted == positive).long().numpy(), (labels == positive).long().numpy())
+        measures[f"f1 of {names[positive]}"] = Measure(value, math.nan, True)
+    return measures
 
 
 def mean_of(scores: torch.Tensor, *, is_higher_better: bool) -> Measure:

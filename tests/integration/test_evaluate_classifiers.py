@@ -98,6 +98,7 @@ def test_a_run_is_measured_on_its_own_test_files_as_it_was_at_its_end(place, met
     assert lost_here(*finetune_run(run, place / "dense", place / "train.jsonl", *more)) == 0
     expected = json.loads((run / "result.json").read_text())["test"]["test"]
     assert expected.pop("examples") == 37
+    expected["f1 of 1"] = expected.pop("f1")
     # As a run, as its final/, and in two processes, of which one has no text left in the last round.
     for source in (run, run / "final"):
         found = measures(evaluated(place, f"source={source}"))
@@ -119,11 +120,54 @@ def test_classifiers_with_other_numbers_of_labels_are_compared_by_what_both_have
     first, second = (tmp_path / name for name in order)
     found = evaluated(tmp_path, f"source={first}", f"compare_with=[{second}]", f"labelled.files=[{file}]")
     by_name = dict(zip(order, (found, found["compared"][0]), strict=True))
-    assert set(measures(by_name["two"])) == {"loss", "accuracy", "matthews", "f1"}
+    assert set(measures(by_name["two"])) == {"loss", "accuracy", "matthews", "f1 of 1"}
     assert set(measures(by_name["three"])) == {"loss", "accuracy", "matthews"}
     with_difference = {name for name, value in measures(found["compared"][0]).items() if "difference" in value}
     assert with_difference == {"loss", "accuracy", "matthews"}
-    assert capsys.readouterr().out.count(" f1 ") == (order[0] == "two")
+    assert capsys.readouterr().out.count(" f1 of 1 ") == (order[0] == "two")
+
+
+def test_f1_is_that_of_one_label_whatever_the_order_of_the_outputs(tmp_path):
+    model = save_classifier(tmp_path / "a", "llama", ["neg", "pos"])
+    swapped = save_classifier(tmp_path / "b", "llama", ["pos", "neg"])
+    with torch.no_grad():
+        swapped.score.weight.copy_(model.score.weight[[1, 0]])
+    swapped.save_pretrained(tmp_path / "b")
+    labels = [("pos", "neg", "neg")[number % 3] for number in range(len(TEXTS))]
+    file = write(
+        tmp_path / "t.jsonl", [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)]
+    )
+    found = evaluated(
+        tmp_path, f"source={tmp_path / 'a'}", f"compare_with=[{tmp_path / 'b'}]", f"labelled.files=[{file}]"
+    )
+    predicted = [("neg", "pos")[number] for number in one_by_one(model, TEXTS).argmax(1)]
+    hits = sum(p == label == "pos" for p, label in zip(predicted, labels, strict=True))
+    expected = 2 * hits / (predicted.count("pos") + labels.count("pos"))
+    other = 2 * sum(p == label == "neg" for p, label in zip(predicted, labels, strict=True))
+    assert 0 < expected != other / (predicted.count("neg") + labels.count("neg"))
+    for entry in (found, found["compared"][0]):
+        assert measures(entry)["f1 of pos"]["value"] == pytest.approx(expected)
+
+
+def test_a_classifier_of_pairs_is_not_measured_on_single_texts(place, tmp_path, capsys):
+    file = write(tmp_path / "t.jsonl", [{"text": t, "b": "and", "label": n % 2} for n, t in enumerate(TEXTS)])
+    more = ["train.max_steps=1", f"data.validation_files=[{file}]"]
+    for name, own in (("single", ["train.seq_len=20"]), ("pairs", ["data.pair_field=b"])):
+        assert lost_here(*finetune_run(tmp_path / name, place / "dense", file, *more, *own)) == 0
+    single, pairs = (tmp_path / name for name in ("single", "pairs"))
+    capsys.readouterr()
+    assert lost_here("evaluate", f"source={single}", f"compare_with=[{pairs}]") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"pair_field = empty: source = {pairs} was trained on pairs of texts, and would be measured on single"
+        in message
+    )
+    assert lost_here("evaluate", f"source={pairs}", f"compare_with=[{single / 'final'}]") == 2
+    assert "final was trained on single texts, and would be measured on pairs" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert lost_here("evaluate", f"source={single}", "seq_len=30") == 0
+    assert "was trained with seq_len = 20, and is measured with 30" in " ".join(capsys.readouterr().err.split())
 
 
 def test_texts_that_are_cut_are_counted(tmp_path, capsys):
@@ -139,6 +183,7 @@ MISTAKES = {
     "a run": ("pretrained", {"text": "x", "label": 0}, [], "is no text classifier"),
     "an unfinished run": ("unfinished", {"text": "x", "label": 0}, [], "checkpoint of `lost finetune`"),
     "a number for each text": ("regression", {"text": "x", "label": 0}, [], "gives a number, not a label"),
+    "several labels": ("several", {"text": "x", "label": 0}, [], "gives several labels, not one, for each text"),
     "another word": ("words", {"text": "x", "label": "bad"}, [], "t.jsonl:1: label bad is not among those of the cl"),
     "a number too high": ("numbers", {"text": "x", "label": 3}, [], "label 3 is outside the range: labels are 0 to 2"),
     "another field": ("words", {"s": "x", "label": "pos"}, [], "it has s, label: set labelled.text_field"),
@@ -164,7 +209,11 @@ def test_mistakes_are_one_message(place, tmp_path, capsys, name):
         (folder / "status.json").write_text('{"state": "failed", "step": 4}')
     else:
         names = {"regression": ["LABEL_0"], "words": NAMES, "numbers": ["LABEL_0", "LABEL_1", "LABEL_2"]}
-        save_classifier(folder, "llama", names[source])
+        save_classifier(folder, "llama", names.get(source, NAMES))
+        if source == "several":
+            path = folder / "config.json"
+            kind = {"problem_type": "multi_label_classification"}
+            path.write_text(json.dumps(json.loads(path.read_text()) | kind))
     capsys.readouterr()
     file = write(tmp_path / "t.jsonl", [record])
     to = tmp_path / "result.json"
