@@ -71,13 +71,11 @@ def evaluation_lines(files: list[str], loaded: Loaded) -> list[str]:
     """Lines of Markdown about what files of `lost evaluate` say of this model."""
     if not files:
         return []
+    entries = [entry for file in files for entry in measures(read_result(file, loaded))]
     lines = ["| what | measure | value | standard error |", "|---|---|---|---|"]
-    for file in files:
-        for entry in measures(read_result(file, loaded)):
-            lines.append("| " + " | ".join(entry) + " |")
-    exact = (
-        "; perplexity is exact: exp of the mean token loss" if any("| perplexity |" in line for line in lines) else ""
-    )
+    lines += ["| " + " | ".join(entry) + " |" for entry in entries]
+    has_perplexity = any(measure == "perplexity" for _, measure, _, _ in entries)
+    exact = "; perplexity is exact: exp of the mean token loss" if has_perplexity else ""
     return [*lines, "", f"Measured by `lost evaluate`{exact}."]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from lost.assemble.evaluate import ModelResult, evaluate_model
 from lost.assemble.report import as_json, print_results
 from lost.checkpoint import write_json_atomically
-from lost.cli.run_defaults import run_defaults
+from lost.cli.run_defaults import defaults_of
 from lost.cli.target import target_file
 from lost.config.runtime import RuntimeConfig
 from lost.config.section import to_dict
@@ -28,12 +28,13 @@ def run(config: EvaluateConfig) -> int:
     if config.tasks and runtime.num_processes > 1:
         raise ConfigError("tasks with several processes: lm-eval runs in one; start `lost evaluate` without torchrun")
     tasks = tasks_of(config)
+    sources = [config.source, *config.compare_with]
     if config.labelled.files:
         config = dataclasses.replace(config, perplexity=False)
-        for source in [config.source, *config.compare_with]:
+        for source in sources:
             check_inputs(source, config, is_shown=runtime.is_main)
     results: list[ModelResult] = []
-    for source in [config.source, *config.compare_with]:
+    for source in sources:
         if config.labelled.files:
             results.append(evaluate_classifier(source, config, runtime))
         else:
@@ -52,7 +53,7 @@ def check_inputs(source: str, config: EvaluateConfig, *, is_shown: bool) -> None
     Raises:
         ConfigError: single texts for a classifier of pairs, or pairs for one of single texts.
     """
-    found = run_defaults("evaluate", [f"source={source}"])
+    found = defaults_of("evaluate", source)
     if "labelled" not in found:
         return
     wants_pairs, has_pairs = (bool(fields) for fields in (found["labelled"]["pair_field"], config.labelled.pair_field))

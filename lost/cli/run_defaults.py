@@ -23,7 +23,12 @@ def run_defaults(command: str, overrides: list[str]) -> dict[str, Any]:
     sources = [value for key, equals, value in (o.partition("=") for o in overrides) if equals and key == "source"]
     if not sources:
         return {}
-    config_file = config_file_of(Path(sources[-1].strip()).expanduser())
+    return defaults_of(command, sources[-1].strip())
+
+
+def defaults_of(command: str, source: str) -> dict[str, Any]:
+    """The same of one source; empty where no run has made it."""
+    config_file = config_file_of(Path(source).expanduser())
     if config_file is None:
         return {}
     try:

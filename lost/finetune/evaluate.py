@@ -16,9 +16,9 @@ from lost.evaluation.tasks import Measure, TaskResult
 from lost.finetune.classification import predict, warn_of_cuts, write_set
 from lost.finetune.labelled import read_examples
 from lost.finetune.load import is_classifier, load_classifier
-from lost.finetune.metrics import classification_metrics, f1
+from lost.finetune.metrics import f1, matthews
 from lost.finetune.rows import LabelledRows
-from lost.finetune.start import are_numbered, set_padding
+from lost.finetune.start import are_numbered, label_names_of, set_padding
 from lost.finetune.tokens import PairEncoder, check_ids, longest_input, pad_id_of
 from lost.train.runtime import Runtime
 from lost.utils.errors import ConfigError
@@ -45,7 +45,7 @@ def evaluate_classifier(source: str, config: EvaluateConfig, runtime: Runtime) -
     model, tokenizer = loaded.model.to(runtime.device), loaded.tokenizer  # pyright: ignore[reportArgumentType]
     set_padding(model, tokenizer)
     model_config: Any = model.config
-    names = [model_config.id2label[number] for number in range(model_config.num_labels)]
+    names = label_names_of(model_config)
     if len(names) < 2 or model_config.problem_type == "multi_label_classification":
         kind = "a number, not a label," if len(names) < 2 else "several labels, not one,"
         raise ConfigError(f"labelled.files: source = {source} gives {kind} for each text, which is not measured")
@@ -73,10 +73,9 @@ def measures_of(logits: torch.Tensor, labels: torch.Tensor, names: list[str]) ->
     """
     predicted = logits.argmax(1)
     losses = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
-    found = classification_metrics(predicted.numpy(), labels.numpy(), logits.shape[1])
     measures = {"loss": mean_of(losses, is_higher_better=False)}
     measures["accuracy"] = mean_of((predicted == labels).double(), is_higher_better=True)
-    measures["matthews"] = Measure(found["matthews"], math.nan, True)
+    measures["matthews"] = Measure(matthews(predicted.numpy(), labels.numpy()), math.nan, True)
     if len(names) == 2:
         positive = names.index(max(names))
         value = f1((predicted == positive).long().numpy(), (labels == positive).long().numpy())

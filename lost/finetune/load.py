@@ -4,10 +4,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lost.assemble.adapter import is_adapter_folder, merged, read_adapter_facts
-from lost.assemble.load import Loaded, load_tokenizer, read_config
+from lost.assemble.load import Loaded, is_classifier_config, load_tokenizer, read_config
 from lost.assemble.locate import Place
-from lost.checkpoint.io import read_json
-from lost.export import CLASSIFIER
 from lost.finetune.adapter_folder import load_adapted
 from lost.finetune.start import class_for, loaded_classifier
 
@@ -16,9 +14,7 @@ def is_classifier(place: Place) -> bool:
     """Whether a place is a text classifier: by its files, no weights are read."""
     if is_adapter_folder(place.folder):
         return read_adapter_facts(place.folder).task == "classification"
-    path = place.folder / "config.json"
-    classes = (read_json(path).get("architectures") if path.is_file() else None) or []
-    return any(name.endswith(CLASSIFIER) for name in classes)
+    return (place.folder / "config.json").is_file() and is_classifier_config(read_config(place))
 
 
 def load_classifier(place: Place, dtype: torch.dtype | None = None) -> Loaded:

@@ -135,7 +135,7 @@ def fit_head(model: PreTrainedModel, place: Place, head: Head) -> None:
     if not is_classifier_config(stored_config):
         return
     assert stored_config is not None
-    stored = [stored_config.id2label[number] for number in range(stored_config.num_labels)]
+    stored = label_names_of(stored_config)
     wanted = list(head.label_names) or [NUMBER]
     if len(stored) == len(wanted) and (stored == wanted or are_numbered(stored) or are_numbered(wanted)):
         return
@@ -155,6 +155,11 @@ def fit_head(model: PreTrainedModel, place: Place, head: Head) -> None:
         "source = %s classifies into %s, the data into %s: the head starts anew",
         *(place.name, some_of(stored, 5), some_of(wanted, 5)),
     )
+
+
+def label_names_of(config: Any) -> list[str]:
+    """Names of a classifier's label 0, 1, ... as its config has them."""
+    return [config.id2label[number] for number in range(config.num_labels)]
 
 
 def are_numbered(names: list[str]) -> bool:
